@@ -1,0 +1,415 @@
+"""A LLaMA forward pass in plain PyTorch, read straight from safetensors: Sec. 3 of the paper.
+
+Reading order, bottom up:
+    Config      config.json in our names, each with its letter in the paper
+    Rope        the rotation R_n of App. C, one function for queries and keys
+    Attention   Eqs. 1-3, except that the cache answers: `cache.attend(q, k, v, rope)`
+    Llama       embed, L blocks, norm, head
+    load        a Hugging Face folder -> Llama, tensor by tensor
+    Tokenizer   text <-> tokens, the model's own chat template, its end tokens
+
+        tokens -> embed -> [ norm -> Wq, Wk, Wv -> cache.attend -> Wo -> + -> norm -> MLP -> + ] -> head
+                           \______________________________ x L ______________________________/
+
+Does NOT include: training, dropout, biases, sliding windows, mixtures of experts, quantized weights.
+A checkpoint that asks for one of these is refused by name; nothing it says is ignored.
+"""
+import json
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer as FastTokenizer
+from torch import nn
+from tqdm import tqdm
+
+
+class UserError(ValueError):
+    """Something the person at the keyboard can mend: its message is one line that says how."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of one LLaMA; letters as in the paper's Sec. 3 and Table 3."""
+
+    vocab: int            # V
+    width: int            # D, model dimension
+    layers: int           # L
+    heads: int            # H, query heads
+    kv_heads: int         # G, key and value heads: h in Eq. 4
+    head_dim: int         # d
+    mlp: int              # inner width of the MLP
+    context: int          # N, positions the model was made for
+    eps: float            # in RMSNorm
+    tied: bool            # the output head is the embedding
+    rope: dict            # rope_type, rope_theta and that type's own numbers
+
+    @property
+    def kv_width(self) -> int:
+        """G*d: the rows of Wk and Wv, the numbers a full cache keeps of one key, d_max [E10]."""
+        return self.kv_heads * self.head_dim
+
+
+# Reading config.json -----------------------------------------------------------------------------
+
+HF_CONFIG = {"vocab": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
+             "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+             "mlp": "intermediate_size", "context": "max_position_embeddings"}
+ROPE_NUMBERS = {"default": (), "linear": ("factor",),
+                "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+                           "original_max_position_embeddings")}
+NOT_COMPUTED = {"attention_bias": "biases in attention", "mlp_bias": "biases in the MLP",
+                "sliding_window": "a sliding window", "quantization_config": "quantized weights"}
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file. Raises UserError when there is none to be had."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror or e}") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} is not valid JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} should hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def number(raw: dict, key: str, kind=int, default=None):
+    """raw[key] as a positive number of the given kind. Raises UserError on anything else."""
+    value = raw.get(key)
+    value = default if value is None else value
+    if kind is float and type(value) is int:
+        value = float(value) if value < 1e30 else None
+    if type(value) is not kind or not 0 < value < 1e30 or (kind is int and value >= 2**31):
+        raise UserError(f"config.json: {key} should be a positive {kind.__name__}, not {value!r:.40}")
+    return value
+
+
+def read_rope(raw: dict) -> dict:
+    """RoPE's type and numbers, in either spelling: rope_theta + rope_scaling, or rope_parameters."""
+    given = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(raw.get(key) or {}, dict):
+            raise UserError(f"config.json: {key} should be an object, not {raw[key]!r:.40}")
+        given |= raw.get(key) or {}
+    kind = given.get("rope_type", given.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPE_NUMBERS:
+        raise UserError(f"config.json asks for RoPE of type {kind!r:.40}; "
+                        f"computed here: {', '.join(ROPE_NUMBERS)}")
+    if given.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
+        raise UserError("config.json asks for a partial rotation, which is not computed here")
+    given.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
+    theta = number({"rope_theta": given.get("rope_theta", raw.get("rope_theta"))}, "rope_theta", float, 1e4)
+    return {"type": kind, "theta": theta} | {k: number(given, k, float) for k in ROPE_NUMBERS[kind]}
+
+
+def read_config(folder: Path) -> Config:
+    """config.json as a Config. Raises UserError for whatever we would have to ignore."""
+    raw = read_json(folder / "config.json")
+    if raw.get("model_type") not in ("llama", "mistral"):
+        raise UserError(f"{folder} holds a {raw.get('model_type')!r:.40} model; llama and mistral are read here")
+    for key, what in NOT_COMPUTED.items():
+        if raw.get(key):
+            raise UserError(f"config.json asks for {what} ({key}), which is not computed here")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise UserError(f"config.json asks for the activation {raw['hidden_act']!r:.40}; only silu is computed here")
+    heads = number(raw, "num_attention_heads")
+    implied = {"kv_heads": heads, "head_dim": max(1, number(raw, "hidden_size") // heads), "context": 2048}
+    shape = {ours: number(raw, theirs, default=implied.get(ours)) for ours, theirs in HF_CONFIG.items()}
+    config = Config(**shape, eps=number(raw, "rms_norm_eps", float, 1e-6),
+                    tied=raw.get("tie_word_embeddings") is True, rope=read_rope(raw))
+    if config.heads % config.kv_heads or config.head_dim % 2:
+        raise UserError(f"config.json: {config.heads} query heads must be a multiple of {config.kv_heads} "
+                        f"KV heads, and head_dim {config.head_dim} must be even")
+    return config
+
+
+# The forward pass --------------------------------------------------------------------------------
+
+class Rope:
+    """Rotary position embedding, R_n of Eq. 20: the pair (j, j + d/2) of a head turns by n * frequency_j.
+
+    The only place where anything is rotated. Tables hold cos and sin with the sign of the rotation
+    folded into sin, so that a rotation is two products and a sum.
+    """
+
+    def __init__(self, config: Config):
+        self.config, self.cos, self.sin = config, torch.empty(0), torch.empty(0)
+
+    def frequencies(self, dtype) -> torch.Tensor:
+        """Radians per position of each pair of components, (d/2,); linear and llama3 scaling applied."""
+        d, rope = self.config.head_dim, self.config.rope
+        freq = 1.0 / rope["theta"] ** (torch.arange(0, d, 2, dtype=torch.int64).to(dtype) / d)
+        if rope["type"] == "linear":
+            freq = freq / rope["factor"]
+        if rope["type"] == "llama3":     # long waves are slowed by `factor`, short ones kept, blended between
+            turns = rope["original_max_position_embeddings"] * freq / (2 * torch.pi)
+            keep = (turns - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+            keep = keep.clamp(0, 1)
+            freq = keep * freq + (1 - keep) * freq / rope["factor"]
+        return freq
+
+    def reserve(self, length: int, like: torch.Tensor) -> None:
+        """Make the tables long enough for positions 0 .. length-1, in like's dtype and on its device."""
+        if length > len(self.cos) or self.cos.dtype != like.dtype or self.cos.device != like.device:
+            wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+            angle = torch.outer(torch.arange(length, dtype=wide), self.frequencies(wide))
+            cos, sin = angle.cos(), angle.sin()
+            self.cos = torch.cat((cos, cos), -1)[:, None].to(like)         # (length, 1, d)
+            self.sin = torch.cat((-sin, sin), -1)[:, None].to(like)
+
+    def __call__(self, x: torch.Tensor, positions) -> torch.Tensor:
+        """x (B, T, heads, d) rotated to its positions: a slice, or an index tensor (T,)."""
+        half = x.roll(self.config.head_dim // 2, -1)
+        return torch.addcmul(x * self.cos[positions], half, self.sin[positions])
+
+
+class Attention(nn.Module):
+    """Multi-head and grouped-query attention (Eqs. 1-3, Sec. 4.3); the softmax lives in the cache."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        D, H, G, d = config.width, config.heads, config.kv_heads, config.head_dim
+        self.heads = (-1, d)
+        self.Wq = nn.Linear(D, H * d, bias=False)      # weights are (out, in): K = X Wk^T  [E1]
+        self.Wk = nn.Linear(D, G * d, bias=False)
+        self.Wv = nn.Linear(D, G * d, bias=False)
+        self.Wo = nn.Linear(H * d, D, bias=False)
+
+    def forward(self, x, cache, rope):
+        q, k, v = (W(x).unflatten(-1, self.heads) for W in (self.Wq, self.Wk, self.Wv))
+        return self.Wo(cache.attend(q, k, v, rope).flatten(2))     # q (B, T, H, d), k and v (B, T, G, d)
+
+
+class MLP(nn.Module):
+    """SwiGLU: W_down(silu(W_gate x) * W_up x). A product, so not Lipschitz [E15]."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate = nn.Linear(config.width, config.mlp, bias=False)
+        self.up = nn.Linear(config.width, config.mlp, bias=False)
+        self.down = nn.Linear(config.mlp, config.width, bias=False)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)).mul_(self.up(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(config.width, config.eps)
+        self.attn = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.width, config.eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache, rope):
+        x = x + self.attn(self.attn_norm(x), cache, rope)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(nn.Module):
+    """The whole model. It is handed one cache per layer and does not know what they keep."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, self.rope = config, Rope(config)
+        self.embed = nn.Embedding(config.vocab, config.width)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, config.eps)
+        self.head = nn.Linear(config.width, config.vocab, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+
+    def hidden(self, tokens, caches):
+        """tokens (B, T), which follow what the caches hold -> last hidden states (B, T, D), normed."""
+        x = self.embed(tokens)                                     # (B, T, D)
+        self.rope.reserve(caches[0].capacity, x)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = layer(x, cache, self.rope)
+        return self.norm(x)
+
+    def forward(self, tokens, caches):
+        """tokens (B, T) -> logits (B, T, V)."""
+        return self.head(self.hidden(tokens, caches))
+
+
+# Reading weights ---------------------------------------------------------------------------------
+
+HF_NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head", "layers": "model.layers",
+            "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "attn": "self_attn",
+            "Wq": "q_proj", "Wk": "k_proj", "Wv": "v_proj", "Wo": "o_proj",
+            "mlp": "mlp", "gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def hf_name(name: str) -> str:
+    """Our parameter's name in a Hugging Face file: layers.0.attn.Wk.weight -> model.layers.0.self_attn.k_proj..."""
+    return ".".join(HF_NAMES.get(part, part) for part in name.split("."))
+
+
+def find_tensors(folder: Path) -> dict[str, Path]:
+    """Which safetensors file holds which tensor: one file, or shards named by the index."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        path = folder / "model.safetensors"
+        if not path.exists():
+            raise UserError(f"{folder} holds no model.safetensors and no {index.name}"
+                            " (pickled .bin weights are never read)")
+        return dict.fromkeys(header(path), path)
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{index} has no weight_map")
+    for shard in set(map(str, names.values())):
+        if Path(shard).name != shard or not (folder / shard).is_file():
+            raise UserError(f"{index.name} names the shard {shard!r:.80}, which is not a file in {folder}")
+    return {name: folder / shard for name, shard in names.items()}
+
+
+def header(path: Path) -> list[str]:
+    """The names of the tensors in one safetensors file."""
+    try:
+        with safe_open(path, "pt") as f:
+            return list(f.keys())
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path} is not a readable safetensors file: {e}") from None
+
+
+def read_tensor(path: Path, name: str, shape, dtype, device) -> torch.Tensor:
+    """One tensor, checked, in the wanted dtype and on the wanted device.
+
+    The file is mapped for this tensor only: mapped pages count as memory until they are let go.
+    """
+    try:
+        with safe_open(path, "pt") as f:
+            part = f.get_slice(name)
+            if part.get_dtype() not in DTYPES:
+                raise UserError(f"{path.name}: {name} is stored as {part.get_dtype()}; quantized weights are not read here")
+            if tuple(part.get_shape()) != tuple(shape):
+                raise UserError(f"{path.name}: {name} has shape {tuple(part.get_shape())}, config.json implies {tuple(shape)}")
+            tensor = f.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path} cannot be read: {e}") from None
+    if tensor.device.type == "cpu" and len(shape) == 2 and shape[0] > shape[1]:
+        tensor = tensor.t().contiguous().t()      # a CPU's matrix-vector product is fastest along long rows
+    if not torch.isfinite(tensor.sum(dtype=torch.float32)):
+        raise UserError(f"{path.name}: {name} holds NaN or infinite numbers in {str(tensor.dtype)[6:]}")
+    return tensor
+
+
+def load(folder, dtype=None, device="cpu") -> Llama:
+    """The model in a Hugging Face folder, in `dtype` (the checkpoint's own when None), on `device`.
+
+    Raises UserError when the folder, its config or its weights are not those of a LLaMA.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; --model takes one in Hugging Face layout")
+    config = read_config(folder)
+    files = find_tensors(folder)
+    with torch.device("meta"):
+        model = Llama(config)
+    wanted = {name: p.shape for name, p in model.named_parameters()}
+    ignorable = re.compile(r"rotary_emb\.inv_freq$" + (r"|^lm_head\.weight$" if config.tied else ""))
+    for name in files.keys() - {hf_name(n) for n in wanted}:
+        if not ignorable.search(name):
+            raise UserError(f"{folder} holds the tensor {name!r:.80}, which nothing here computes with")
+    for name in wanted:
+        if hf_name(name) not in files:
+            raise UserError(f"{folder} lacks the tensor {hf_name(name)}")
+    if dtype is None:
+        with safe_open(files[hf_name("embed.weight")], "pt") as f:
+            dtype = DTYPES.get(f.get_slice(hf_name("embed.weight")).get_dtype())
+    state = {name: read_tensor(files[hf_name(name)], hf_name(name), shape, dtype, device)
+             for name, shape in tqdm(wanted.items(), "loading", unit=" tensors", leave=False, disable=None)}
+    if config.tied:
+        state["head.weight"] = state["embed.weight"]
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+# Text --------------------------------------------------------------------------------------------
+
+class Tokenizer:
+    """Text <-> tokens, as the checkpoint's own files say: tokenizer.json, chat template, end tokens."""
+
+    def __init__(self, folder, config: Config):
+        folder, self.config = Path(folder), config
+        path = folder / "tokenizer.json"
+        try:
+            self.fast = FastTokenizer.from_file(str(path))
+        except Exception as e:                      # the library raises a bare Exception
+            raise UserError(f"{path} cannot be read as a tokenizer: {e}") from None
+        optional = {n: read_json(folder / n) if (folder / n).exists() else {}
+                    for n in ("tokenizer_config.json", "generation_config.json")}
+        self.options = optional["tokenizer_config.json"]
+        ends = [c.get("eos_token_id") for c in (read_json(folder / "config.json"), *optional.values())]
+        self.ends = {e for end in ends for e in (end if isinstance(end, list) else [end]) if type(e) is int}
+        self.template = self.options.get("chat_template")
+        if (folder / "chat_template.jinja").exists():
+            self.template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        if isinstance(self.template, list):         # named templates: the one for plain chat
+            self.template = {t.get("name"): t.get("template") for t in self.template}.get("default")
+
+    def special(self, name: str) -> str | None:
+        """The text of bos_token or eos_token, which tokenizer_config.json gives as text or as an object."""
+        token = self.options.get(name)
+        return token.get("content") if isinstance(token, dict) else token
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids; begins with BOS exactly when the tokenizer says so (and `special`)."""
+        try:
+            ids = self.fast.encode(text, add_special_tokens=special).ids
+        except (UnicodeEncodeError, TypeError):
+            raise UserError("the text is not valid Unicode") from None
+        bos, wish = self.fast.token_to_id(self.special("bos_token") or ""), self.options.get("add_bos_token")
+        if special and bos is not None and isinstance(wish, bool) and wish != (ids[:1] == [bos]):
+            ids = [bos, *ids] if wish else ids[1:]
+        if max(ids, default=0) >= self.config.vocab:
+            raise UserError(f"tokenizer.json gives token {max(ids)}, config.json has vocab_size {self.config.vocab}")
+        return ids
+
+    def chat(self, text: str) -> list[int]:
+        """Token ids of one user message in the model's own chat template, rendered in a sandbox."""
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        if not isinstance(self.template, str):
+            raise UserError("this model has no chat template; leave out --chat")
+
+        def refuse(message):
+            raise UserError(f"the chat template says: {message}")
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        env.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
+        env.globals |= {"raise_exception": refuse, "strftime_now": lambda f: datetime.now().strftime(f)}
+        try:
+            rendered = env.from_string(self.template).render(
+                messages=[{"role": "user", "content": text}], add_generation_prompt=True, tools=None,
+                bos_token=self.special("bos_token") or "", eos_token=self.special("eos_token") or "")
+        except UserError:
+            raise
+        except Exception as e:                      # a template can fail in any way that code can
+            raise UserError(f"the chat template cannot be rendered: {type(e).__name__}: {e}") from None
+        return self.encode(rendered, special=False)
+
+
+class Stream:
+    """Text of tokens as they arrive. A character whose bytes have not all come is held back."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int]):
+        self.decode, self.last, self.new = tokenizer.fast.decode, prompt[-4:], []
+
+    def step(self, token: int) -> str:
+        """The text that `token` completes, maybe none."""
+        self.new.append(token)
+        text = self.rest()
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(self.new) < 16:
+            return ""
+        self.last, self.new = (self.new if text else self.last + self.new), []
+        return text
+
+    def rest(self) -> str:
+        """What is still held back: decoded after the tokens before it, because spaces depend on them."""
+        return self.decode(self.last + self.new)[len(self.decode(self.last)):]
