@@ -1,27 +1,334 @@
-"""What the model remembers."""
+"""What the model remembers: three caches with one contract (Secs. 3, 4.1 and App. C; CSKV).
+
+A cache serves one layer. It is made for B sequences of at most `capacity` tokens, and its buffers are
+allocated then, once. `attend(q, k, v, rope)` takes T new tokens, not yet rotated,
+
+    q (B, T, H, d),  k and v (B, T, G, d)  ->  (B, T, H, d)
+
+remembers their keys and values, and answers with causal attention over all that it remembers.
+`nbytes` is the sum of the buffers it holds.
+
+    FullCache         k rotated, v                                            2 * G*d numbers a token
+    CompressedCache   c_k = U_k^T k, c_v = U_v^T v; keys rebuilt, then rotated    d_k + d_v
+    BiBranchCache     exact first and last tokens, latents of those between   d_k + d_v, or 4 bits each
+
+    k --- down ---> [ c_k ] --- up ---> k~ --- rope ---> q . k~ --- softmax ---> p
+    v --- down ---> [ c_v ] ------------- p . c_v, one latent for each head ------------ up ---> o
+
+A basis is a pair: `down` (d_c, G*d) makes the latent, `up` (G*d, d_c) expands it. In the papers' closed
+forms up = U has orthonormal columns and down = U^T.
+
+Does NOT include: eviction of tokens, paging, or sequences of different lengths in one batch.
+"""
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
+from torch import einsum
+
+BLOCK = 2**16      # keys rebuilt at a time, over the whole batch: bounds the memory of a step
+GROUP = 32         # tokens that share one scale and one minimum in the 4-bit store
+
+
+class Basis(NamedTuple):
+    """The low-rank map of keys or of values in one layer: c = down k, k~ = up c."""
+
+    down: torch.Tensor     # (d_c, G*d)
+    up: torch.Tensor       # (G*d, d_c)
+
+    @property
+    def d_c(self) -> int:
+        return self.down.shape[0]
+
+    def shrink(self, x):
+        """x (B, T, G, d) -> latents (B, T, d_c): the paper's X(Sigma V^T)^T, since U^T k = Sigma V^T x."""
+        return F.linear(x.flatten(2), self.down)
+
+    def expand(self, c, d):
+        """Latents (B, S, d_c) -> k~ (B, S, G, d): all KV heads first, then the groups [E3]."""
+        return F.linear(c, self.up).unflatten(-1, (-1, d))
+
+    def heads(self, o, d):
+        """Mixed latents (B, T, H, d_c) -> (B, T, H, d): Eq. 9, head by head, with its own d rows of U [E2]."""
+        U = self.up.unflatten(0, (-1, d))                                    # (G, d, d_c)
+        o = o.unflatten(2, (U.shape[0], -1))                                 # (B, T, G, H/G, d_c)
+        return einsum("btgrc,gdc->btgrd", o, U).flatten(2, 3)
 
 
 def attention(q, k, v):
-    """q (B, T, H, d) over k, v (B, S, G, d) -> (B, T, H, d)"""
+    """Eq. 1 for the last T of S tokens, fused: q (B, T, H, d), k and v (B, S, G, d) -> (B, T, H, d)."""
     T, S = q.shape[1], k.shape[1]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    mask = None
     if 1 < T < S:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    else:
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S > 1, enable_gqa=True)
     return o.transpose(1, 2)
 
 
+def scores(q, k):
+    """q . k / sqrt(d): q (B, T, H, d), k (B, S, G, d) -> (B, T, H, S)."""
+    q = q.unflatten(2, (k.shape[2], -1)) * q.shape[-1] ** -0.5               # (B, T, G, H/G, d)
+    return einsum("btgrd,bsgd->btgrs", q, k).flatten(2, 3)
+
+
+def mix(p, v):
+    """p (B, T, H, S) over values v (B, S, G, d) -> (B, T, H, d)."""
+    return einsum("btgrs,bsgd->btgrd", p.unflatten(2, (v.shape[2], -1)), v).flatten(2, 3)
+
+
+def softmax(s):
+    """Over the last axis, in float32 at least."""
+    return s.softmax(-1, dtype=torch.promote_types(s.dtype, torch.float32)).to(s.dtype)
+
+
 class FullCache:
-    def __init__(self, B, capacity, G, d, dtype, device):
+    """Every key, rotated, and every value: Eq. 4."""
+
+    def __init__(self, B, capacity, G, d, dtype=None, device=None):
         self.k = torch.empty(B, capacity, G, d, dtype=dtype, device=device)
         self.v = torch.empty_like(self.k)
         self.capacity, self.n = capacity, 0
 
     def attend(self, q, k, v, rope):
-        new = slice(self.n, self.n + k.shape[1])
+        new = slice(self.n, self.n + q.shape[1])
         self.k[:, new], self.v[:, new], self.n = rope(k, new), v, new.stop
         return attention(rope(q, new), self.k[:, :self.n], self.v[:, :self.n])
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+
+class CompressedCache:
+    """Latents only (Secs. 4.1, 4.3, App. C). Nothing of full width outlives a call.
+
+    The rotation stands between U_k and the cached key and depends on that key's position, so U_k
+    cannot be folded into the query (Eq. 7 fails, [E4]): keys are rebuilt, then rotated. Nothing stands
+    between U_v and the values: their latents are mixed, and the mixture expanded (Eq. 9, [E5], [E18]).
+    """
+
+    def __init__(self, B, capacity, K: Basis, V: Basis, d):
+        self.K, self.V, self.d = K, V, d
+        self.c_k = K.down.new_empty(B, capacity, K.d_c)
+        self.c_v = V.down.new_empty(B, capacity, V.d_c)
+        self.capacity, self.n = capacity, 0
+
+    def attend(self, q, k, v, rope):
+        new = slice(self.n, self.n + q.shape[1])
+        self.c_k[:, new], self.c_v[:, new], self.n = self.K.shrink(k), self.V.shrink(v), new.stop
+        c_v = self.c_v[:, :self.n]
+        q = rope(q, new)
+        if q.shape[1] > 1:                                   # many queries: rebuild once, attend fused
+            return attention(q, self.keys(slice(0, self.n), rope), self.V.expand(c_v, self.d))
+        step = max(1, BLOCK // len(q))
+        blocks = [slice(i, min(i + step, self.n)) for i in range(0, self.n, step)]
+        p = softmax(torch.cat([scores(q, self.keys(b, rope)) for b in blocks], -1))
+        return self.V.heads(einsum("bths,bsc->bthc", p, c_v), self.d)
+
+    def keys(self, span, rope):
+        """k~ of the tokens in span, rotated: (B, S, G, d)."""
+        return rope(self.K.expand(self.c_k[:, span], self.d), span)
+
+    @property
+    def nbytes(self) -> int:
+        return self.c_k.nbytes + self.c_v.nbytes
+
+
+class Latents:
+    """A growing list of latents (B, S, d_c), kept as they come."""
+
+    def __init__(self, B, capacity, d_c, like):
+        self.c, self.n = like.new_empty(B, capacity, d_c), 0
+
+    def append(self, c):
+        self.c[:, self.n:self.n + c.shape[1]] = c
+        self.n += c.shape[1]
+
+    def read(self, span):
+        return self.c[:, span]
+
+    @property
+    def nbytes(self) -> int:
+        return self.c.nbytes
+
+
+def quantize(c):
+    """Latents (B, 32*j, d_c) -> codes 0..15 in the same shape, and minimum and step (B, j, 1, d_c).
+
+    Per channel, in groups of 32 tokens: channels differ in scale, tokens do not. The minimum is a
+    number like any other; CSKV's code clamps it so that a group away from zero is lost [E31].
+    """
+    groups = c.unflatten(1, (-1, GROUP))                                     # (B, j, 32, d_c)
+    low = groups.amin(2, keepdim=True)
+    step = (groups.amax(2, keepdim=True) - low) / 15
+    codes = ((groups - low) / step.clamp(min=torch.finfo(c.dtype).tiny)).round().clamp(0, 15)
+    return codes.flatten(1, 2).to(torch.uint8), low, step
+
+
+def dequantize(codes, low, step):
+    """The inverse of quantize, to half a step."""
+    return (codes.unflatten(1, (-1, GROUP)) * step + low).flatten(1, 2)
+
+
+def round_trip(c):
+    """Latents (B, S, d_c) as they are read back once their groups are full; an unfull last group unchanged."""
+    full = c.shape[1] // GROUP * GROUP
+    return torch.cat((dequantize(*quantize(c[:, :full])), c[:, full:]), 1)
+
+
+class Latents4:
+    """A growing list of latents in 4 bits, two to a byte; tokens wait unquantized until 32 are there."""
+
+    def __init__(self, B, capacity, d_c, like):
+        groups = capacity // GROUP
+        self.packed = like.new_empty(B, groups * GROUP // 2, d_c, dtype=torch.uint8)
+        self.low, self.step = like.new_empty(2, B, groups, 1, d_c)
+        self.waiting, self.n = like.new_empty(B, min(GROUP, capacity), d_c), 0
+
+    def append(self, c):
+        done, held = self.n // GROUP, self.n % GROUP
+        self.n += c.shape[1]
+        c = torch.cat((self.waiting[:, :held], c), 1)
+        new = self.n // GROUP - done
+        if new:
+            codes, low, step = quantize(c[:, :new * GROUP])
+            at = slice(done, done + new)
+            self.packed[:, done * GROUP // 2:(done + new) * GROUP // 2] = codes[:, ::2] | codes[:, 1::2] << 4
+            self.low[:, at], self.step[:, at] = low, step
+        self.waiting[:, :self.n % GROUP] = c[:, new * GROUP:]
+
+    def read(self, span):
+        """Latents of the tokens in span, whose start is a multiple of 32."""
+        done = self.n // GROUP
+        at = slice(span.start // GROUP, min(done, -(-span.stop // GROUP)))
+        packed = self.packed[:, at.start * GROUP // 2:at.stop * GROUP // 2]
+        codes = torch.stack((packed & 15, packed >> 4), 2).flatten(1, 2)
+        old = dequantize(codes, self.low[:, at], self.step[:, at])
+        waiting = self.waiting[:, max(0, span.start - done * GROUP):max(0, span.stop - done * GROUP)]
+        return torch.cat((old[:, :span.stop - span.start], waiting), 1)
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes + self.low.nbytes + self.step.nbytes + self.waiting.nbytes
+
+
+class BiBranchCache:
+    """CSKV's two branches: the first `sinks` and the last `window` tokens exact, latents of those between.
+
+    The rule [E34]: tokens that come several at once (a prompt) see each other exactly, and what came
+    before them as it is stored. A token that comes alone counts itself among the last `window`. A token
+    is compressed, once, at the moment it leaves the window. `strict` scores a text as if its tokens had
+    come one by one: each query sees exact keys and values of sinks and window only.
+
+    The window is a ring: place p after the sinks lives in slot p % window [E33].
+    """
+
+    def __init__(self, B, capacity, K: Basis, V: Basis, d, sinks=4, window=32, bits=16, strict=False):
+        G, store = K.up.shape[0] // d, {16: Latents, 4: Latents4}[bits]
+        self.K, self.V, self.d, self.bits, self.strict = K, V, d, bits, strict
+        self.sinks, self.window, self.capacity, self.n = sinks, window, capacity, 0
+        self.sink_k, self.sink_v = K.down.new_empty(2, B, min(sinks, capacity), G, d)
+        self.ring_k, self.ring_v = K.down.new_empty(2, B, min(window, max(0, capacity - sinks)), G, d)
+        between = max(0, capacity - sinks - window)
+        self.c_k, self.c_v = store(B, between, K.d_c, K.down), store(B, between, V.d_c, V.down)
+
+    def attend(self, q, k, v, rope):
+        T, new = q.shape[1], slice(self.n, self.n + q.shape[1])
+        q = rope(q, new)
+        if T == 1:
+            self.remember(k, v)
+            return self.step(q, rope)
+        if self.strict:
+            assert self.n == 0, "a text is scored in one call"
+            o = self.score(q, k, v, rope)
+        else:
+            keys, values = self.everything(rope)
+            o = attention(q, torch.cat((*keys, rope(k, new)), 1), torch.cat((*values, v), 1))
+        self.remember(k, v)
+        return o
+
+    def remember(self, k, v):
+        """Append k, v (B, T, G, d): to the sinks, then through the window into the latents."""
+        first = min(max(self.sinks - self.n, 0), k.shape[1])
+        self.sink_k[:, self.n:self.n + first], self.sink_v[:, self.n:self.n + first] = k[:, :first], v[:, :first]
+        before = max(self.n - self.sinks, 0)                       # places taken after the sinks
+        self.n += k.shape[1]
+        k, v = k[:, first:], v[:, first:]
+        T, held = k.shape[1], min(before, self.window)
+        out = max(0, held + T - self.window)                       # how many leave the window
+        old = torch.arange(before - held, before - held + min(out, held), device=k.device) % max(1, self.window)
+        for ring, x, store, B in ((self.ring_k, k, self.c_k, self.K), (self.ring_v, v, self.c_v, self.V)):
+            if out:
+                store.append(B.shrink(torch.cat((ring[:, old], x[:, :out - len(old)]), 1)))
+            keep = min(T, self.window)
+            slots = torch.arange(before + T - keep, before + T, device=k.device) % max(1, self.window)
+            ring[:, slots] = x[:, T - keep:]
+
+    def branches(self):
+        """Positions of what is held: sinks, between, and the ring's slots in the order they lie."""
+        places = max(self.n - self.sinks, 0)
+        slot = torch.arange(min(places, self.window), device=self.ring_k.device)
+        ring = self.sinks + places - 1 - (places - 1 - slot) % max(1, self.window)
+        between = slice(self.sinks, self.sinks + max(0, places - self.window))
+        return slice(0, min(self.n, self.sinks)), between, ring
+
+    def keys(self, span, between, rope):
+        """k~ of the latents in span, rotated: (B, S, G, d)."""
+        at = slice(between.start + span.start, between.start + span.stop)
+        return rope(self.K.expand(self.c_k.read(span), self.d), at)
+
+    def step(self, q, rope):
+        """One query over both branches, one softmax: q (B, 1, H, d), rotated -> (B, 1, H, d)."""
+        first, between, ring = self.branches()
+        a, m = first.stop, between.stop - between.start
+        size = max(GROUP, BLOCK // len(q) // GROUP * GROUP)
+        blocks = [slice(i, min(i + size, m)) for i in range(0, m, size)]
+        s = [scores(q, rope(self.sink_k[:, :a], first)), scores(q, rope(self.ring_k[:, :len(ring)], ring))]
+        s += [scores(q, self.keys(b, between, rope)) for b in blocks]
+        p = softmax(torch.cat(s, -1))                              # sinks, window, between
+        exact = torch.cat((self.sink_v[:, :a], self.ring_v[:, :len(ring)]), 1)
+        o = mix(p[..., :exact.shape[1]], exact)
+        if m:
+            late = p[..., exact.shape[1]:]
+            c = sum(einsum("bths,bsc->bthc", late[..., b], self.c_v.read(b)) for b in blocks)
+            o = o + self.V.heads(c, self.d)
+        return o
+
+    def everything(self, rope):
+        """Keys, rotated, and values of all that is held, at full width, branch by branch."""
+        first, between, ring = self.branches()
+        every = slice(0, between.stop - between.start)
+        keys = (rope(self.sink_k[:, :first.stop], first), self.keys(every, between, rope),
+                rope(self.ring_k[:, :len(ring)], ring))
+        values = (self.sink_v[:, :first.stop], self.V.expand(self.c_v.read(every), self.d),
+                  self.ring_v[:, :len(ring)])
+        return keys, values
+
+    def score(self, q, k, v, rope):
+        """The decode regime for a whole text in one pass, by masks: q rotated, k and v not."""
+        T, at = q.shape[1], slice(0, q.shape[1])
+        kinds = [(rope(k, at), v)]                                 # exact, latent, latent in 4 bits
+        c_k, c_v = self.K.shrink(k[:, self.sinks:]), self.V.shrink(v[:, self.sinks:])
+        stored = [(c_k, c_v)]
+        if self.bits == 4:
+            stored.append(tuple(round_trip(c) for c in (c_k, c_v)))
+        for c_k, c_v in stored:
+            kinds.append((rope(F.pad(self.K.expand(c_k, self.d), (0, 0, 0, 0, self.sinks, 0))[:, :T], at),
+                          F.pad(self.V.expand(c_v, self.d), (0, 0, 0, 0, self.sinks, 0))[:, :T]))
+        j = torch.arange(T, device=q.device)
+        group_end = self.sinks + ((j - self.sinks) // GROUP + 1) * GROUP
+        answers = []
+        for rows in j.split(256):
+            i = rows[:, None]
+            kind = ((j >= self.sinks) & (j <= i - self.window)).long()
+            if self.bits == 4:
+                kind += (kind == 1) & (group_end <= i + 1 - self.window)
+            s = sum((kind == n)[:, None] * scores(q[:, rows], key) for n, (key, _) in enumerate(kinds))
+            p = softmax(s.masked_fill((j > i)[:, None], -torch.inf))
+            answers.append(sum(mix(p * (kind == n)[:, None], value) for n, (_, value) in enumerate(kinds)))
+        return torch.cat(answers, 1)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (self.sink_k, self.sink_v, self.ring_k, self.ring_v, self.c_k, self.c_v))

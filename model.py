@@ -240,6 +240,8 @@ class Llama(nn.Module):
 
 # Reading weights ---------------------------------------------------------------------------------
 
+HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
+             "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
 HF_NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head", "layers": "model.layers",
             "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "attn": "self_attn",
             "Wq": "q_proj", "Wk": "k_proj", "Wv": "v_proj", "Wo": "o_proj",
@@ -299,6 +301,17 @@ def read_tensor(path: Path, name: str, shape, dtype, device) -> torch.Tensor:
     if not torch.isfinite(tensor.sum(dtype=torch.float32)):
         raise UserError(f"{path.name}: {name} holds NaN or infinite numbers in {str(tensor.dtype)[6:]}")
     return tensor
+
+
+def find_model(name: str) -> Path:
+    """The folder of a checkpoint: `name` itself, or what the Hub has under that id. Raises UserError."""
+    if Path(name).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as e:
+        raise UserError(f"{name} is no folder here, and the Hub says: {str(e).strip().splitlines()[0]}") from None
 
 
 def load(folder, dtype=None, device="cpu") -> Llama:
