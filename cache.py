@@ -218,8 +218,8 @@ class BiBranchCache:
 
     The rule [E34]: tokens that come several at once (a prompt) see each other exactly, and what came
     before them as it is stored. A token that comes alone counts itself among the last `window`. A token
-    is compressed, once, at the moment it leaves the window. `strict` scores a text as if its tokens had
-    come one by one: each query sees exact keys and values of sinks and window only.
+    is compressed, once, at the moment it leaves the window. `strict` answers for a whole text, in one
+    call that keeps nothing, as if its tokens had come one by one.
 
     The window is a ring: place p after the sinks lives in slot p % window [E33].
     """
@@ -234,17 +234,15 @@ class BiBranchCache:
         self.c_k, self.c_v = store(B, between, K.d_c, K.down), store(B, between, V.d_c, V.down)
 
     def attend(self, q, k, v, rope):
-        T, new = q.shape[1], slice(self.n, self.n + q.shape[1])
+        new = slice(self.n, self.n + q.shape[1])
         q = rope(q, new)
-        if T == 1:
+        if self.strict:
+            return self.score(q, k, v, rope)
+        if q.shape[1] == 1:
             self.remember(k, v)
             return self.step(q, rope)
-        if self.strict:
-            assert self.n == 0, "a text is scored in one call"
-            o = self.score(q, k, v, rope)
-        else:
-            keys, values = self.everything(rope)
-            o = attention(q, torch.cat((*keys, rope(k, new)), 1), torch.cat((*values, v), 1))
+        keys, values = self.everything(rope)
+        o = attention(q, torch.cat((*keys, rope(k, new)), 1), torch.cat((*values, v), 1))
         self.remember(k, v)
         return o
 
@@ -312,7 +310,7 @@ class BiBranchCache:
         c_k, c_v = self.K.shrink(k[:, self.sinks:]), self.V.shrink(v[:, self.sinks:])
         stored = [(c_k, c_v)]
         if self.bits == 4:
-            stored.append(tuple(round_trip(c) for c in (c_k, c_v)))
+            stored.append(tuple(c + (round_trip(c) - c).detach() for c in (c_k, c_v)))   # straight-through
         for c_k, c_v in stored:
             kinds.append((rope(F.pad(self.K.expand(c_k, self.d), (0, 0, 0, 0, self.sinks, 0))[:, :T], at),
                           F.pad(self.V.expand(c_v, self.d), (0, 0, 0, 0, self.sinks, 0))[:, :T]))

@@ -1,4 +1,4 @@
-"""A LLaMA forward pass in plain PyTorch, read straight from safetensors: Sec. 3 of the paper.
+r"""A LLaMA forward pass in plain PyTorch, read straight from safetensors: Sec. 3 of the paper.
 
 Reading order, bottom up:
     Config      config.json in our names, each with its letter in the paper
@@ -293,11 +293,12 @@ def read_tensor(path: Path, name: str, shape, dtype, device) -> torch.Tensor:
                 raise UserError(f"{path.name}: {name} is stored as {part.get_dtype()}; quantized weights are not read here")
             if tuple(part.get_shape()) != tuple(shape):
                 raise UserError(f"{path.name}: {name} has shape {tuple(part.get_shape())}, config.json implies {tuple(shape)}")
-            tensor = f.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+            tensor = torch.empty(shape, dtype=dtype, device=device)
+            if tensor.device.type == "cpu" and len(shape) == 2 and shape[0] > shape[1]:
+                tensor = tensor.view(shape[1], shape[0]).t()     # a CPU multiplies fastest along long rows
+            tensor.copy_(f.get_tensor(name))
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path} cannot be read: {e}") from None
-    if tensor.device.type == "cpu" and len(shape) == 2 and shape[0] > shape[1]:
-        tensor = tensor.t().contiguous().t()      # a CPU's matrix-vector product is fastest along long rows
     if not torch.isfinite(tensor.sum(dtype=torch.float32)):
         raise UserError(f"{path.name}: {name} holds NaN or infinite numbers in {str(tensor.dtype)[6:]}")
     return tensor
@@ -342,6 +343,8 @@ def load(folder, dtype=None, device="cpu") -> Llama:
     if config.tied:
         state["head.weight"] = state["embed.weight"]
     model.load_state_dict(state, assign=True)
+    if config.tied:
+        model.head.weight = model.embed.weight
     return model.eval().requires_grad_(False)
 
 
