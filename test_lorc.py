@@ -576,3 +576,179 @@ def test_u_cannot_be_folded_into_a_rotated_query(case):
 def rope_latents(rope, c, d):
     """Rotate latents as if they were heads: what folding U into the query amounts to."""
     return rope(c.unflatten(-1, (-1, d)), slice(0, c.shape[1])).flatten(2)
+
+
+# The report, --json, --compare, --save --------------------------------------------------- by hand ---
+
+def test_json_reports_the_bytes_of_the_tensors_held(capsys, real):
+    """bytes = 4 bytes * capacity * sum of (d_k + d_v); capacity = prompt + new - 1; full: Eq. 4 twice [E14]."""
+    status, out, err = cli(capsys, "--model", REAL, "--prompt", "Once upon a time", "--max-new-tokens", 5, "--json")
+    got, c = json.loads(out), real[0].config
+    capacity = len(real[1].encode("Once upon a time")) + 4
+    assert status == 0 and got["cache"]["kind"] == "compressed" and isinstance(got["text"], str)
+    assert got["cache"]["full_bytes"] == 4 * capacity * 2 * c.layers * c.kv_width
+    assert got["cache"]["bytes"] == 4 * capacity * sum(r["d_k"] + r["d_v"] for r in got["plan"])
+    assert abs(got["cache"]["kept"] - 0.6) <= 0.5 / c.kv_width and got["tokens"] == 5
+    assert set(got["seconds"]) == {"load", "bases", "prefill", "decode"}
+    assert 0 <= max(r["error_v"] for r in got["plan"]) <= 1.000001
+
+
+def test_the_reported_error_is_that_of_the_keys_of_the_prompt(real):
+    """||k - U U^T k|| / ||k|| of layer 0, whose input no compression has touched yet."""
+    llama, _, tokens = real
+    bases = lorc.lorc(llama, kept=0.5, schedule="uniform")[1]
+    with lorc.measuring(llama, bases) as errors:
+        llama.hidden(tokens, lorc.new_caches(llama, "compressed", tokens.shape[1], bases))
+    layer = llama.layers[0]
+    k = layer.attn.Wk(layer.attn_norm(llama.embed(tokens)))
+    lost = k - k @ bases[0][0].up @ bases[0][0].up.T
+    assert math.isclose(errors[0][0], lost.norm() / k.norm(), rel_tol=1e-4)
+
+
+def test_compare_runs_the_three_caches(capsys):
+    status, out, err = cli(capsys, "--model", REAL, "--prompt", "Once upon a time", "--compare", "--max-new-tokens", 8)
+    rows = [line.split() for line in out.splitlines() if line.split()[:1] in (["full"], ["compressed"], ["bibranch"])]
+    assert status == 0 and [r[0] for r in rows] == ["full", "compressed", "bibranch"]
+    assert rows[0][2] == "100.0%" and rows[0][-4] == rows[0][-2]
+
+
+def test_saved_bases_give_the_same_text_and_fit_no_other_model(tmp_path, capsys):
+    ask = ["--model", REAL, "--prompt", "Once upon a time", "--max-new-tokens", 12, "--json"]
+    first = json.loads(cli(capsys, *ask, "--kept", 0.7, "--save", tmp_path / "b")[1])
+    again = json.loads(cli(capsys, *ask, "--bases", tmp_path / "b")[1])
+    assert again["text"] == first["text"] and again["plan"] == first["plan"]
+    assert [f.name for f in (tmp_path / "b").iterdir()] == ["bases.safetensors"]
+    other = write_checkpoint(tmp_path / "other", RAW)
+    status, out, err = cli(capsys, "--model", other, "--prompt", "w1", "--bases", tmp_path / "b")
+    assert status == 2 and "another model" in err and err.count("\n") == 1
+
+
+# CSKV: two branches, four bits --------------------------------------------------------- property ---
+
+def bibranch(case, data, **kw):
+    """A maker of bi-branch caches over random bases for a drawn text, and those bases."""
+    rope, chunks, q, k, v, g = case
+    B, T, G, d = k.shape
+    K, V = (random_basis(data.draw, G * d, g) for _ in range(2))
+    return (lambda **more: BiBranchCache(B, T, K, V, d, **(kw | more))), K, V
+
+
+@given(attentions(), st.integers(0, 3), st.data())
+def test_a_window_over_everything_is_the_full_cache(case, sinks, data):
+    rope, chunks, q, k, v, _ = case
+    B, T, G, d = k.shape
+    make, *_ = bibranch(case, data, sinks=sinks, window=T)
+    for split in ([T], chunks, [1] * T):
+        assert close(feed(make(), rope, q, k, v, split), feed(FullCache(B, T, G, d, torch.float64), rope, q, k, v, split))
+
+
+@given(attentions(), st.data())
+def test_no_sinks_and_no_window_is_the_compressed_cache_token_by_token(case, data):
+    rope, _, q, k, v, _ = case
+    B, T, G, d = k.shape
+    make, K, V = bibranch(case, data, sinks=0, window=0)
+    want = feed(CompressedCache(B, T, K, V, d), rope, q, k, v, [1] * T)
+    assert close(feed(make(), rope, q, k, v, [1] * T), want)
+
+
+@given(attentions(), st.integers(0, 3), st.integers(0, 9))
+def test_full_rank_at_16_bits_is_the_full_cache(case, sinks, window):
+    rope, chunks, q, k, v, g = case
+    B, T, G, d = k.shape
+    Q = torch.linalg.qr(torch.randn(G * d, G * d, generator=g, dtype=torch.float64))[0]
+    for split in ([T], chunks, [1] * T):
+        store = BiBranchCache(B, T, Basis(Q.T, Q), Basis(Q.T, Q), d, sinks=sinks, window=window)
+        assert close(feed(store, rope, q, k, v, split), feed(FullCache(B, T, G, d, torch.float64), rope, q, k, v, split))
+
+
+@given(attentions(), st.integers(0, 3), st.integers(0, 9), st.data())
+def test_sinks_and_window_are_bit_identical_at_every_step(case, sinks, window, data):
+    """Through ring wrap-around, in any chunking: what is held exact is what came, in its place."""
+    rope, chunks, q, k, v, _ = case
+    make, *_ = bibranch(case, data, sinks=sinks, window=window, bits=data.draw(st.sampled_from([16, 4])))
+    store, end = make(), 0
+    for part in zip(*(x.split(chunks, 1) for x in (q, k, v))):
+        store.attend(*part, rope)
+        end += part[0].shape[1]
+        first, between, ring = store.branches()
+        assert torch.equal(store.sink_k[:, :first.stop], k[:, :min(sinks, end)])
+        assert sorted(ring.tolist()) == list(range(max(min(sinks, end), end - window), end))
+        assert torch.equal(store.ring_k[:, :len(ring)], k[:, ring]) and torch.equal(store.ring_v[:, :len(ring)], v[:, ring])
+        assert store.c_k.n == store.c_v.n == between.stop - between.start == max(0, end - sinks - window)
+
+
+@settings(max_examples=25)
+@given(st.data(), st.integers(0, 3), st.integers(0, 40), st.sampled_from([16, 4]), st.integers(1, 120))
+def test_scoring_a_text_in_one_pass_is_decoding_it_token_by_token(data, sinks, window, bits, T):
+    """The decode regime by masks: also which latents wait unquantized at each step (group edges at 32)."""
+    G, d, B, g = 2, 4, 2, torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    rope = model.Rope(model.Config(9, 8, 1, 4, G, d, 8, 512, 1e-5, True, {"type": "default", "theta": 100.0}))
+    q, k, v = (torch.randn(B, T, h, d, generator=g, dtype=torch.float64) for h in (4, G, G))
+    rope.reserve(T, q)
+    K, V = (random_basis(data.draw, G * d, g) for _ in range(2))
+    make = lambda **more: BiBranchCache(B, T, K, V, d, sinks=sinks, window=window, bits=bits, **more)  # noqa: E731
+    assert close(make(strict=True).attend(q, k, v, rope), feed(make(), rope, q, k, v, [1] * T))
+
+
+@given(attentions(), st.data())
+def test_a_prompt_attends_exactly_and_is_stored_compressed(case, data):
+    """CSKV's rule [E34]: the first call equals the full cache, whatever the bases; and it is the only
+    one that does, because afterwards the same keys are read back compressed."""
+    rope, _, q, k, v, _ = case
+    B, T, G, d = k.shape
+    make, *_ = bibranch(case, data, sinks=1, window=1)
+    want = feed(FullCache(B, T, G, d, torch.float64), rope, q, k, v, [T])
+    assert close(feed(make(), rope, q, k, v, [T]), want)
+
+
+@given(st.integers(1, 100), st.integers(1, 9), st.integers(1, 2), st.floats(-20, 20), st.data())
+def test_four_bits_come_back_to_half_a_step_and_cost_what_they_say(S, d_c, B, mean, data):
+    """Codes are right to half a step of their group; bytes = codes / 2 + minimum and step + the waiting tokens."""
+    c = torch.randn(B, S, d_c, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 2**32))),
+                    dtype=torch.float64) + mean
+    store, whole = cache.Latents4(B, S, d_c, c), S // 32 * 32
+    for part in c.split(data.draw(st.integers(1, 40)), 1):
+        store.append(part)
+    got = store.read(slice(0, S))
+    half = (c[:, :whole].unflatten(1, (-1, 32)).amax(2) - c[:, :whole].unflatten(1, (-1, 32)).amin(2)) / 30
+    assert torch.equal(got[:, whole:], c[:, whole:])
+    assert ((got - c)[:, :whole].abs() <= half.repeat_interleave(32, 1) * 1.000001 + 1e-12).all()
+    assert store.nbytes == B * d_c * (whole // 2 + 2 * 8 * (whole // 32) + 8 * min(32, S))
+    assert torch.equal(got[:, 32:], store.read(slice(32, S))) if S > 32 else True
+
+
+def test_the_published_zero_point_destroys_a_group_away_from_zero():
+    """must fail: clamping the zero point to [0, 15] at mean/std = 10; a float minimum does not [E31]."""
+    c = torch.randn(1, 32, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 10
+    step = (c.amax(1) - c.amin(1)) / 15
+    zero = (-c.amin(1) / step).round().clamp(0, 15)
+    published = (((c / step) + zero).round().clamp(0, 15) - zero) * step
+    assert (published - c).norm() / c.norm() > 0.5
+    assert (cache.dequantize(*cache.quantize(c)) - c).norm() / c.norm() < 0.01
+
+
+def test_the_loss_falls_from_svd_to_asvd_to_fine_tuned_to_the_closed_form(real):
+    """E||k - k~||^2 on the same text: plain SVD >= ASVD >= CSKV's fine-tuning from there >= E[xx^T] [E30]."""
+    llama, tokenizer, _ = real
+    text = torch.tensor(tokenizer.encode("The cat sat on the mat. A dog came by and they ran to the big tree. " * 12))
+    W = llama.layers[1].attn.Wv.weight.double()
+    C, s = (lorc.calibrated_moments(llama, text, kind, 4, 128)[1] for kind in ("whitened", "asvd"))
+    d_c = len(W) // 3
+
+    def loss(down, up):
+        M = W - up @ (down @ W)
+        return torch.trace(M @ C @ M.T)
+    svd, asvd, best = (loss(*lorc.basis(W, d_c, c)) for c in (None, s, C))
+    A, B = (x.clone().requires_grad_() for x in lorc.basis(W, d_c, s))
+    with torch.enable_grad():
+        tuner = torch.optim.LBFGS([A, B], max_iter=100, line_search_fn="strong_wolfe")
+
+        def step():
+            tuner.zero_grad()
+            value = loss(A, B) / asvd.item()
+            value.backward()
+            return value
+        tuner.step(step)
+    tuned = loss(A.detach(), B.detach())
+    assert svd >= asvd >= tuned >= best * (1 - 1e-9)
+    assert math.isclose(best, lorc.spectrum(W, C)[0][d_c:].sum(), rel_tol=1e-6)
