@@ -354,65 +354,87 @@ def within(kind, low, high, what):
 
 
 def command_line():
-    """Every flag; the defaults that depend on other flags are None here and settled in `settle`."""
+    """Every flag; the defaults that hang on other flags are None here and settled in `settle`."""
     p = Parser(prog="lorc.py", description="LoRC and CSKV: a LLaMA that keeps a low-rank KV cache.")
-    count = within(int, 0, 10**9, "count")
-    fraction = within(float, 1e-6, 1, "fraction in (0, 1]")
-    p.add_argument("--model", default=str(Path(__file__).resolve().parent / "tiny"),
-                   help="A folder in Hugging Face layout, or a Hub id. Default: tiny/ beside lorc.py.")
-    what = p.add_argument_group("what to do")
-    what.add_argument("--prompt", action="append", metavar="TEXT", help="Continue this text; repeatable; - reads standard input.")
-    what.add_argument("--perplexity", metavar="FILE", help="Score this text under the chosen cache.")
-    what.add_argument("--plan", action="store_true", help="Print kappa, kappa~ and d_c of every layer (Alg. 1) and stop.")
-    what.add_argument("--compare", action="store_true", help="Run all three caches and print them side by side.")
-    what.add_argument("--save", metavar="DIR", help="Write bases and plan to DIR/bases.safetensors.")
-    how = p.add_argument_group("the cache")
-    how.add_argument("--cache", choices=["full", "compressed", "bibranch"], default="compressed", help="What is kept. Default: compressed.")
-    how.add_argument("--kept", type=fraction, metavar="F", help="rho: the fraction of the full cache's numbers that latents keep, over all layers. Default: 0.6.")
-    how.add_argument("--d-min", type=within(int, 1, 10**9, "positive count"), metavar="N", help="d_min of Eq. 13, instead of --kept.")
-    how.add_argument("--threshold", type=float, default=math.inf, metavar="F", help="Alg. 1, l. 8: layers whose ln kappa~ is above stay full.")
-    how.add_argument("--schedule", choices=["progressive", "uniform"], help="progressive is Eq. 13, uniform gives each layer the same d_c. Default: progressive; uniform with --calibrate.")
-    how.add_argument("--skip", type=count, default=0, metavar="N", help="Leave the first N layers full.")
-    how.add_argument("--split", type=within(float, -1, 1, "number in [-1, 1]"), default=0.0, metavar="F", help="Kept fraction moved from keys to values. Default: 0.")
-    how.add_argument("--basis", choices=["svd", "norm", "asvd", "whitened"], help="C of the basis: I, gamma^2, mean |x| or E[xx^T]. Default: svd; whitened with --calibrate.")
-    how.add_argument("--calibrate", metavar="FILE", help="Text for asvd and whitened.")
-    how.add_argument("--bases", metavar="DIR", help="Use the bases and the plan that --save wrote.")
-    how.add_argument("--sinks", type=count, default=4, metavar="N", help="Exact first tokens of the bi-branch cache. Default: 4.")
-    how.add_argument("--window", type=count, default=32, metavar="N", help="Exact last tokens of the bi-branch cache. Default: 32.")
-    how.add_argument("--bits", type=int, choices=[16, 4], default=16, help="Bits of a bi-branch latent; 16 stands for the model's own dtype. Default: 16.")
-    run = p.add_argument_group("running")
-    run.add_argument("--max-new-tokens", type=within(int, 1, 10**9, "positive count"), default=128, metavar="N", help="Default: 128.")
-    run.add_argument("--temperature", type=within(float, 0, 1e3, "number >= 0"), default=0.0, metavar="F", help="0 is greedy. Default: 0.")
-    run.add_argument("--top-p", type=fraction, default=1.0, metavar="F", help="Draw from the smallest set of tokens with this probability. Default: 1.")
-    run.add_argument("--seed", type=count, default=0, metavar="N", help="Default: 0.")
-    run.add_argument("--chat", action="store_true", help="Wrap the prompt in the model's own chat template.")
-    run.add_argument("--context", type=within(int, 2, 10**9, "count of at least 2"), metavar="N", help="Window length for --perplexity. Default: the model's maximum.")
-    run.add_argument("--max-tokens", type=within(int, 2, 10**12, "count of at least 2"), metavar="N", help="Score only the first N tokens.")
-    run.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="Default: the checkpoint's on CUDA, float32 on the CPU.")
-    run.add_argument("--device", help="cpu or cuda. Default: cuda where there is one.")
-    run.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
+    count, positive = within(int, 0, 10**9, "count"), within(int, 1, 10**9, "positive count")
+    fraction, more = within(float, 1e-6, 1, "fraction in (0, 1]"), within(int, 2, 10**9, "count above 1")
+    flag = p.add_argument
+    flag("--model", default=str(Path(__file__).resolve().parent / "tiny"), metavar="PATH",
+         help="A folder in Hugging Face layout, or a Hub id. Default: tiny/ beside lorc.py.")
+    flag = p.add_argument_group("what to do").add_argument
+    flag("--prompt", action="append", metavar="TEXT",
+         help="Continue this text; repeatable; - reads standard input.")
+    flag("--perplexity", metavar="FILE", help="Score this text under the chosen cache.")
+    flag("--plan", action="store_true", help="Print kappa, kappa~ and d_c per layer (Alg. 1) and stop.")
+    flag("--compare", action="store_true", help="Run all three caches and print them side by side.")
+    flag("--save", metavar="DIR", help="Write bases and plan to DIR/bases.safetensors.")
+    flag("--json", action="store_true", help="Print one JSON object instead of text.")
+    flag = p.add_argument_group("the cache").add_argument
+    flag("--cache", choices=["full", "compressed", "bibranch"], default="compressed",
+         help="What is kept. Default: compressed.")
+    flag("--kept", type=fraction, metavar="F",
+         help="rho, the fraction of the full cache's numbers that latents keep. Default: 0.6.")
+    flag("--d-min", type=positive, metavar="N", help="d_min of Eq. 13, instead of --kept.")
+    flag("--threshold", type=float, metavar="F",
+         help="Alg. 1, l. 8: layers whose ln kappa~ is above stay full. Default: none.")
+    flag("--schedule", choices=["progressive", "uniform"],
+         help="Eq. 13, or the same d_c everywhere. Default: progressive; uniform with --calibrate.")
+    flag("--skip", type=count, default=0, metavar="N", help="Leave the first N layers full. Default: 0.")
+    flag("--split", type=within(float, -1, 1, "number in [-1, 1]"), default=0.0, metavar="F",
+         help="Kept fraction moved from keys to values. Default: 0.")
+    flag("--basis", choices=["svd", "norm", "asvd", "whitened"],
+         help="C: I, gamma^2, mean |x|, E[xx^T]. Default: svd; whitened with --calibrate.")
+    flag("--calibrate", metavar="FILE", help="Text for asvd and whitened; 30,000 tokens are plenty.")
+    flag("--bases", metavar="DIR", help="Use the bases and the plan that --save wrote.")
+    flag("--sinks", type=count, default=4, metavar="N",
+         help="Exact first tokens of the bi-branch cache; left out of calibration. Default: 4.")
+    flag("--window", type=count, default=32, metavar="N",
+         help="Exact last tokens of the bi-branch cache. Default: 32.")
+    flag("--bits", type=int, choices=[16, 4], default=16,
+         help="Of a bi-branch latent; 16 stands for the model's own dtype. Default: 16.")
+    flag = p.add_argument_group("running").add_argument
+    flag("--max-new-tokens", type=positive, default=128, metavar="N", help="Default: 128.")
+    flag("--temperature", type=within(float, 0, 1e3, "number >= 0"), default=0.0, metavar="F",
+         help="0 is greedy. Default: 0.")
+    flag("--top-p", type=fraction, default=1.0, metavar="F",
+         help="Draw from the smallest set of tokens with this probability. Default: 1.")
+    flag("--seed", type=count, default=0, metavar="N", help="Default: 0.")
+    flag("--chat", action="store_true", help="Wrap the prompt in the model's own chat template.")
+    flag("--context", type=more, metavar="N",
+         help="Window length for --perplexity. Default: the model's maximum.")
+    flag("--max-tokens", type=more, metavar="N", help="Score only the first N tokens.")
+    flag("--dtype", choices=["float32", "bfloat16", "float16"],
+         help="Default: the checkpoint's on CUDA, float32 on the CPU.")
+    flag("--device", help="cpu or cuda. Default: cuda where there is one.")
     return p
 
 
 def settle(p, args):
     """Refuse contradictions among the flags, and settle the defaults that hang on others."""
-    if sum(map(bool, (args.prompt, args.perplexity, args.plan))) > 1:
-        p.error("--prompt, --perplexity and --plan exclude each other")
-    if not (args.prompt or args.perplexity or args.plan or args.save):
-        p.error("nothing to do: give --prompt TEXT, --perplexity FILE or --plan")
-    if args.bases and (args.calibrate or args.basis or args.kept or args.d_min or args.schedule or args.skip or args.split):
-        p.error("--bases brings its own plan; leave out the flags that would make another")
-    if args.kept and args.d_min:
-        p.error("--kept and --d-min exclude each other")
-    if args.calibrate and args.basis in ("svd", "norm"):
-        p.error(f"--basis {args.basis} uses no text; leave out --calibrate")
-    if args.basis in ("asvd", "whitened") and not args.calibrate:
-        p.error(f"--basis {args.basis} needs --calibrate FILE")
-    if math.isnan(args.threshold):
-        p.error("--threshold should be a number")
+    plan = {f"--{name.replace('_', '-')}": getattr(args, name) for name in
+            ("kept", "d_min", "threshold", "schedule", "skip", "split", "basis", "calibrate")}
+    brought = [name for name, value in plan.items() if value not in (None, 0)]
+    refuse = {
+        "--prompt, --perplexity and --plan exclude each other":
+            sum(map(bool, (args.prompt, args.perplexity, args.plan))) > 1,
+        "nothing to do: give --prompt TEXT, --perplexity FILE, --plan or --save DIR":
+            not (args.prompt or args.perplexity or args.plan or args.save),
+        "--compare needs --prompt or --perplexity": args.compare and not (args.prompt or args.perplexity),
+        f"--bases brings its own plan; leave out {', '.join(brought)}": args.bases and brought,
+        "--kept and --d-min exclude each other": args.kept and args.d_min,
+        f"--basis {args.basis} uses no text; leave out --calibrate":
+            args.calibrate and args.basis in ("svd", "norm"),
+        f"--basis {args.basis} needs --calibrate FILE":
+            args.basis in ("asvd", "whitened") and not args.calibrate,
+        "--threshold should be a number": args.threshold is not None and math.isnan(args.threshold),
+    }
+    for message, wrong in refuse.items():
+        if wrong:
+            p.error(message)
     args.basis = args.basis or ("whitened" if args.calibrate else "svd")
     args.schedule = args.schedule or ("uniform" if args.calibrate else "progressive")
     args.kept = args.kept or 0.6
+    args.threshold = math.inf if args.threshold is None else args.threshold
     return args
 
 
@@ -457,8 +479,8 @@ def choose_bases(args, llama, tokenizer):
     return lorc(llama, args.kept, args.d_min, args.threshold, args.schedule, args.skip, args.split, moments)
 
 
-def speak(args, llama, tokenizer, prompt, kind, bases, say):
-    """Continue one prompt under one cache; `say` is given the text as it comes. Returns its measurements."""
+def speak(args, llama, tokenizer, prompt, kind, bases, write):
+    """Continue one prompt under one cache; `write` is given the text as it comes. Returns its measurements."""
     ids = tokenizer.chat(prompt) if args.chat else tokenizer.encode(prompt)
     limit = llama.config.context
     if not ids:
@@ -477,7 +499,7 @@ def speak(args, llama, tokenizer, prompt, kind, bases, say):
         marks.append(time.perf_counter())
         while tokens[-1] not in tokenizer.ends:
             out.append(stream.step(tokens[-1]))
-            say(out[-1])
+            write(out[-1])
             tokens.append(next(steps))
     except StopIteration:
         status = "context" if n < args.max_new_tokens else "ok"
@@ -485,7 +507,7 @@ def speak(args, llama, tokenizer, prompt, kind, bases, say):
         status = "interrupted"
     marks += [time.perf_counter()] * (3 - len(marks))
     out.append(stream.rest() if stream.new else "")
-    say(out[-1])
+    write(out[-1] + "\n")
     return {"text": "".join(out), "tokens": len(tokens), "ids": tokens, "errors": errors, "status": status,
             "cache": cache_report(llama, caches, kind, len(ids) + n - 1),
             "seconds": {"prefill": marks[1] - marks[0], "decode": marks[2] - marks[1]}}
@@ -508,6 +530,14 @@ def score(args, llama, tokens, kind, bases):
             "seconds": {"prefill": time.perf_counter() - start, "decode": 0.0}}
 
 
+def show(text):
+    print(text, end="", flush=True)
+
+
+def hush(text):
+    pass
+
+
 def bibranch_options(args, kind):
     return {"sinks": args.sinks, "window": args.window, "bits": args.bits} if kind == "bibranch" else {}
 
@@ -527,7 +557,7 @@ def run(args):
     marks.append(time.perf_counter())
     if args.save:
         save_bases(args.save, llama, plan, bases, args.basis)
-    say = (lambda text: None) if args.json or args.compare else lambda text: print(text, end="", flush=True)
+    quiet = args.json or args.compare
     kinds = ["full", "compressed", "bibranch"] if args.compare else [args.cache]
     runs = {kind: [] for kind in kinds}
     if args.perplexity:
@@ -541,12 +571,11 @@ def run(args):
     prompts = [read_text("-") if p == "-" else p for p in args.prompt or []]
     for prompt in prompts:
         for kind in kinds:
-            if not (args.json or args.compare or args.chat) and sys.stdout.isatty():
+            if not (quiet or args.chat) and sys.stdout.isatty():
                 print(prompt, end="", file=sys.stderr, flush=True)
-            runs[kind].append(speak(args, llama, tokenizer, prompt, kind, bases, say))
-            say("\n")
+            runs[kind].append(speak(args, llama, tokenizer, prompt, kind, bases, hush if quiet else show))
     seconds = {"load": marks[1] - marks[0], "bases": marks[2] - marks[1]}
-    report(args, llama, plan, runs, seconds)
+    report(args, plan, runs, seconds)
     return 130 if any(r["status"] == "interrupted" for rs in runs.values() for r in rs) else 0
 
 
@@ -567,43 +596,47 @@ def size(n):
     return f"{n:.4g} GiB"
 
 
-def report(args, llama, plan, runs, seconds):
+def say(*what):
+    """A line of the report: on standard error, beside the text."""
+    print(*what, file=sys.stderr)
+
+
+def report(args, plan, runs, seconds):
     """The result for a program (--json, on standard output) or for a reader (on standard error)."""
-    done = [r for rs in runs.values() for r in rs]
-    errors = next((r["errors"] for kind, rs in runs.items() if kind != "full" for r in rs), [])
+    done = [r for results in runs.values() for r in results]
+    errors = next((r["errors"] for r in done if r["cache"]["kind"] != "full"), [])
     rows = plan_rows(plan, errors) if plan else []
     for r in done:
         r["cache"]["kept"] = plan.kept if plan and r["cache"]["kind"] != "full" else 1.0
     if args.json:
-        print(json.dumps(as_json(args, runs, rows, seconds), allow_nan=False, default=str))
+        print(json.dumps(as_json(args, runs, rows, seconds)))
         return
-    to = sys.stdout if args.plan else sys.stderr
     if rows:
-        print_plan(rows, plan, errors, to)
+        print_plan(rows, plan, errors, sys.stdout if args.plan else sys.stderr)
     if args.compare:
-        print_comparison(args, runs)
-    for r in done if not args.compare else []:
+        print_comparison(runs)
+        return
+    for r in done:
         c, s = r["cache"], r["seconds"]
         if "perplexity" in r:
             print(f"perplexity {r['perplexity']:.4f}")
-        print(f"{c['kind']} cache: {size(c['bytes'])} ({c['bytes']:,} bytes) held; a full one would hold "
-              f"{size(c['full_bytes'])} ({c['full_bytes']:,}): {c['bytes'] / c['full_bytes']:.1%}", file=sys.stderr)
-        print(f"{r['tokens']} tokens; seconds: load {seconds['load']:.2f}, bases {seconds['bases']:.2f}, prefill "
-              f"{s['prefill']:.2f}, decode {s['decode']:.2f}", file=sys.stderr)
+        say(f"{c['kind']} cache: {size(c['bytes'])} held ({c['bytes']:,} bytes), a full one would hold "
+            f"{size(c['full_bytes'])} ({c['full_bytes']:,}): {c['bytes'] / c['full_bytes']:.1%}")
+        say(f"{r['tokens']} tokens; seconds: load {seconds['load']:.2f}, bases {seconds['bases']:.2f}, "
+            f"prefill {s['prefill']:.2f}, decode {s['decode']:.2f}")
         if r["status"] == "context":
-            print(f"stopped at the model's context of {llama.config.context} tokens", file=sys.stderr)
+            say("stopped at the model's context: it was made for no more positions")
 
 
 def as_json(args, runs, rows, seconds):
-    """The one object of --json; README lists its fields. Several prompts give lists of texts."""
+    """The one object of --json; README lists its fields. Several prompts give a list of texts."""
     def one(results):
-        texts, total = [r["text"] for r in results if "text" in r], {"prefill": 0.0, "decode": 0.0}
-        for r in results:
-            total = {k: total[k] + r["seconds"][k] for k in total}
+        texts = [r["text"] for r in results if "text" in r]
         found = {"text": texts[0] if len(texts) == 1 else texts} if texts else {}
         found |= {"perplexity": r["perplexity"] for r in results if "perplexity" in r}
         return {"cache": max((r["cache"] for r in results), key=lambda c: c["full_bytes"])} | found | {
-            "tokens": sum(r["tokens"] for r in results), "seconds": seconds | total}
+            "tokens": sum(r["tokens"] for r in results),
+            "seconds": seconds | {k: sum(r["seconds"][k] for r in results) for k in ("prefill", "decode")}}
     result = {"model": args.model, "plan": rows}
     if args.compare:
         return result | {"compare": [one(results) for results in runs.values()], "agree": agreement(runs)}
@@ -615,36 +648,40 @@ def agreement(runs):
     """How many tokens of each prompt equal the full cache's before the first difference, per cache."""
     def same(a, b):
         return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-    return {kind: [same(r["ids"], f["ids"]) for r, f in zip(rs, runs["full"]) if "ids" in r]
-            for kind, rs in runs.items()}
+    return {kind: [same(r["ids"], f["ids"]) for r, f in zip(results, runs["full"]) if "ids" in r]
+            for kind, results in runs.items()}
 
 
 def print_plan(rows, plan, errors, to):
     """The table of layers, and a plain sentence when the measured error is large [E17]."""
-    print("layer  ln k(Wk)  ln k(Wv)   ln k~   d_k   d_v   kept" + "   |k-k~|/|k|  |v-v~|/|v|" * bool(errors), file=to)
+    measured = "  |k-k~|/|k|  |v-v~|/|v|" if errors else ""
+    print(f"layer  ln k(Wk)  ln k(Wv)   ln k~   d_k   d_v   kept{measured}", file=to)
     for r in rows:
-        print(f"{r['layer']:5d}  {r['log_kappa_k']:8.2f}  {r['log_kappa_v']:8.2f}  {r['log_kappa_tilde']:6.1f}  {r['d_k']:4d}  "
-              f"{r['d_v']:4d}  {r['kept']:5.3f}" + (f"  {r['error_k']:11.3f}  {r['error_v']:10.3f}" if errors else ""), file=to)
+        print(f"{r['layer']:5d}  {r['log_kappa_k']:8.2f}  {r['log_kappa_v']:8.2f}  "
+              f"{r['log_kappa_tilde']:6.1f}  {r['d_k']:4d}  {r['d_v']:4d}  {r['kept']:5.3f}"
+              + (f"  {r['error_k']:10.3f}  {r['error_v']:10.3f}" if errors else ""), file=to)
     print(f"kept {plan.kept:.4f} of the full cache's numbers (d_max {plan.d_max})", file=to)
     worst = max((max(e) for e in errors), default=0)
     if worst > 0.3:
-        print(f"On this text the worst layer loses {worst:.0%} of its keys or values: do not trust the output. "
-              "--calibrate FILE --cache bibranch repairs most of it.", file=to)
+        print(f"On this text the worst layer loses {worst:.0%} of its keys or values: do not trust what "
+              "the model says. --cache bibranch with --calibrate FILE repairs most of it.", file=to)
 
 
-def print_comparison(args, runs):
+def print_comparison(runs):
     """The three caches side by side, on standard output: the table is the result."""
     agree = agreement(runs)
-    print("cache       bytes         of full  prefill s  decode s  " + ("perplexity" if args.perplexity else "agrees for"))
+    print("cache              bytes  of full  prefill s  decode s")
     for kind, results in runs.items():
         for i, r in enumerate(results):
             c, s = r["cache"], r["seconds"]
-            last = f"{r['perplexity']:.4f}" if "perplexity" in r else f"{agree[kind][i]} of {r['tokens']} tokens"
-            print(f"{kind:10s}  {c['bytes']:12,}  {c['bytes'] / c['full_bytes']:7.1%}  {s['prefill']:9.2f}  {s['decode']:8.2f}  {last}")
-    for i in range(len(runs["full"])):
-        for kind, results in runs.items():
-            if "text" in results[i]:
-                print(f"\n--- {kind}\n{results[i]['text']}")
+            last = (f"perplexity {r['perplexity']:.4f}" if "perplexity" in r
+                    else f"agrees with full for {agree[kind][i]} of {r['tokens']} tokens")
+            print(f"{kind:10s}  {c['bytes']:12,}  {c['bytes'] / c['full_bytes']:7.1%}  "
+                  f"{s['prefill']:9.2f}  {s['decode']:8.2f}  {last}")
+    for kind, results in runs.items():
+        for r in results:
+            if "text" in r:
+                print(f"\n--- {kind}\n{r['text']}")
 
 
 def main(argv=None):

@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import find, given, settings, target
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import cache
 import lorc
 import model
+import theory
 from cache import Basis, BiBranchCache, CompressedCache, FullCache
 
 HERE = Path(__file__).parent
@@ -30,6 +31,7 @@ REAL = os.environ.get("LORC_MODEL", str(HERE / "tiny"))
 settings.register_profile("lorc", deadline=None, max_examples=40, print_blob=True)
 settings.load_profile("lorc")
 torch.set_grad_enabled(False)
+torch.set_num_threads(1)         # matrices this small gain nothing from a second one
 
 
 def close(a, b, scale=1.0):
@@ -752,3 +754,216 @@ def test_the_loss_falls_from_svd_to_asvd_to_fine_tuned_to_the_closed_form(real):
     tuned = loss(A.detach(), B.detach())
     assert svd >= asvd >= tuned >= best * (1 - 1e-9)
     assert math.isclose(best, lorc.spectrum(W, C)[0][d_c:].sum(), rel_tol=1e-6)
+
+
+# Sec. 5, App. A: the bounds ------------------------------------------------------------ property ---
+
+TIGHT = 1 + 1e-9         # rounding of float64 in a bound that is attained
+
+
+def real_matrices():
+    """Wk and Wv of the real checkpoint, in float64."""
+    llama = model.load(REAL, torch.float32)
+    return [W.weight.double() for layer in llama.layers for W in (layer.attn.Wk, layer.attn.Wv)]
+
+
+@given(matrices(), st.data())
+def test_theorem_1_bounds_the_error_of_one_matrix(W, data):
+    """Eq. 14: ||Wx - W~x|| <= sigma_{k+1} ||x||. Kills: sigma_{k+2} for sigma_{k+1}; W and W^T swapped."""
+    k = data.draw(st.integers(0, len(W)))
+    x = torch.tensor(np.random.default_rng(data.draw(st.integers(0, 2**32))).normal(size=W.shape[1]))
+    error, bound = theory.norm((W - theory.compressed(W, k)) @ x), theory.theorem_1(W, k, x)
+    target(error / bound if bound else 0.0)
+    assert error <= bound * TIGHT + 1e-9 * theory.norm(W) * theory.norm(x)
+
+
+@given(matrices(), st.data())
+def test_theorem_1_is_attained_at_the_first_dropped_direction(W, data):
+    """x = v_{k+1}: error = bound. Kills: sigma_k for sigma_{k+1} (the bound would be loose), C forgotten."""
+    sigma = torch.linalg.svdvals(W)
+    gaps = [k for k in range(1, len(W)) if sigma[k - 1] > 1.05 * sigma[k] and sigma[k] > 1e-4 * sigma[0]]
+    if not gaps:
+        return
+    k = data.draw(st.sampled_from(gaps))
+    x = torch.linalg.svd(W, full_matrices=False)[2][k]
+    assert math.isclose(theory.norm((W - theory.compressed(W, k)) @ x), theory.theorem_1(W, k, x), rel_tol=1e-6)
+
+
+def test_theorem_1_holds_and_is_attained_on_real_matrices():
+    """The same on every Wk and Wv of the checkpoint, at a third of the rank."""
+    for W in real_matrices():
+        k, x = len(W) // 3, torch.randn(W.shape[1], 50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        lost = W - theory.compressed(W, k)
+        assert all(theory.norm(lost @ c) <= theory.theorem_1(W, k, c) for c in x.T)
+        v = torch.linalg.svd(W, full_matrices=False)[2][k]
+        assert math.isclose(theory.norm(lost @ v), theory.theorem_1(W, k, v), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("name", theory.PHI)
+def test_lipschitz_constants_are_found(name):
+    """sup |phi'| on a fine grid is L_phi, from below and to 2e-5. Kills: SiLU as 1-Lipschitz [E15]."""
+    phi, L_phi = theory.PHI[name]
+    z = torch.linspace(-9, 9, 400_001, dtype=torch.float64).requires_grad_()
+    with torch.enable_grad():
+        slope = torch.autograd.grad(phi(z).sum(), z)[0].abs().max()
+    assert L_phi - 2e-5 <= slope <= L_phi
+
+
+@given(matrices(), st.sampled_from(sorted(theory.PHI)), st.data())
+def test_theorem_2_bounds_the_error_behind_a_nonlinearity(W, name, data):
+    """Eq. 15. Kills: dropping L_phi (phi = 1.5 z)."""
+    (phi, L_phi), k = theory.PHI[name], data.draw(st.integers(1, len(W)))
+    x = torch.tensor(np.random.default_rng(data.draw(st.integers(0, 2**32))).normal(size=W.shape[1])) * data.draw(st.floats(0.1, 30))
+    error = theory.norm(phi(W @ x) - phi(theory.compressed(W, k) @ x))
+    bound = theory.theorem_2(W, k, x, L_phi)
+    target(error / bound if bound else 0.0)
+    assert error <= bound * TIGHT + 1e-9 * theory.norm(W) * theory.norm(x)
+
+
+def test_theorem_2_is_nearly_attained_where_silu_is_steepest():
+    """W keeps u_1 = (1, 1)/sqrt 2, strongly, and drops u_2; x puts W~x at z = 2.3994 and steps along u_2:
+    error / (sigma_2 ||x||) = 1.099. Kills: SiLU as 1-Lipschitz."""
+    U = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / math.sqrt(2)
+    W, (phi, L_phi) = U @ torch.diag(torch.tensor([1e4, 1.0], dtype=torch.float64)), theory.PHI["silu"]
+    x = torch.tensor([2.3994 * math.sqrt(2) / 1e4, 0.01], dtype=torch.float64)
+    error = theory.norm(phi(W @ x) - phi(theory.compressed(W, 1) @ x))
+    assert 1.098 * theory.norm(x) < error <= theory.theorem_2(W, 1, x, L_phi)
+
+
+@st.composite
+def nets(draw):
+    """Square layers of drawn depth, spectra, bases and ranks; phi; an input of drawn size."""
+    width, depth = draw(st.integers(2, 6)), draw(st.integers(1, 4))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    Ws = []
+    for _ in range(depth):
+        sigma = 10.0 ** -np.cumsum(draw(st.lists(st.floats(0, 0.5), min_size=width, max_size=width)))
+        U, V = (np.linalg.qr(rng.normal(size=(width, width)))[0] for _ in range(2))
+        Ws.append(torch.tensor(U * sigma * draw(st.floats(0.5, 3)) @ V.T))
+    ks = [draw(st.integers(1, width)) for _ in range(depth)]
+    x = torch.tensor(rng.normal(size=width)) * 10.0 ** draw(st.floats(-2, 2))
+    return Ws, ks, x, draw(st.sampled_from(sorted(theory.PHI)))
+
+
+def net_error(Ws, ks, x, phi):
+    """||x_L - x~_L||, and x~_0 ... x~_L."""
+    x_tilde = theory.forward([theory.compressed(W, k) for W, k in zip(Ws, ks)], x, phi)
+    return theory.norm(theory.forward(Ws, x, phi)[-1] - x_tilde[-1]), x_tilde
+
+
+@settings(max_examples=2000)
+@given(nets())
+def test_theorem_3_corrected_bounds_the_error_of_a_network(net):
+    """[E11]. And the a-priori form is never below it. Kills: one L_phi dropped; ||x~_{i-1}|| forgotten;
+    the spectral norm of the wrong layer; sigma_k for sigma_{k+1} makes it loose (see the attained case)."""
+    Ws, ks, x, name = net
+    phi, L_phi = theory.PHI[name]
+    error, x_tilde = net_error(Ws, ks, x, phi)
+    bound = sum(theory.theorem_3(Ws, ks, L_phi, x_tilde))
+    target(error / bound if bound else 0.0)
+    rounding = 1e-9 * theory.norm(x) * math.prod(L_phi * max(1, theory.norm(W)) for W in Ws)
+    assert error <= bound * TIGHT + rounding
+    assert bound <= sum(theory.theorem_3_a_priori(Ws, ks, L_phi, x)) * TIGHT + rounding
+
+
+def test_theorem_3_corrected_is_attained():
+    """W_1 = diag(2, 1) drops e_2, W_2 = diag(1, 3) keeps it, phi = 1.5 z, x = 10 e_2: error =
+    1.5^2 * 1 * 10 * 3 = 67.5 = bound. Kills: one L_phi dropped, sigma_k, ||x~||, the wrong layer's norm."""
+    Ws = [torch.diag(torch.tensor(w, dtype=torch.float64)) for w in ([2.0, 1.0], [1.0, 3.0])]
+    x, (phi, L_phi) = torch.tensor([0.0, 10.0], dtype=torch.float64), theory.PHI["steep"]
+    error, x_tilde = net_error(Ws, [1, 1], x, phi)
+    assert math.isclose(error, 67.5) and math.isclose(sum(theory.theorem_3(Ws, [1, 1], L_phi, x_tilde)), 67.5)
+    assert theory.theorem_3(Ws, [2, 1], L_phi, x_tilde)[0] == 0
+
+
+def test_theorem_3_as_printed_fails_by_hand():
+    """must fail: W = diag(2, 1), k = 1, x = (0, 10), phi = identity: error 10, printed bound 1 [E11]."""
+    W, x = torch.diag(torch.tensor([2.0, 1.0], dtype=torch.float64)), torch.tensor([0.0, 10.0], dtype=torch.float64)
+    error, _ = net_error([W], [1], x, theory.PHI["identity"][0])
+    assert math.isclose(error, 10) and math.isclose(sum(theory.theorem_3_printed([W], [1], 1.0)), 1)
+
+
+def test_theorem_3_as_printed_fails_and_hypothesis_finds_where():
+    """must fail: a search over nets finds a counterexample to Eq. 16 by itself [E11]."""
+    def refutes(net):
+        Ws, ks, x, name = net
+        printed = sum(theory.theorem_3_printed(Ws, ks, theory.PHI[name][1]))
+        return net_error(Ws, ks, x, theory.PHI[name][0])[0] > 2 * printed + 1e-6
+    Ws, ks, x, name = find(nets(), refutes, settings=settings(max_examples=2000, deadline=None))
+    assert refutes((Ws, ks, x, name))
+
+
+def test_a_priori_no_layer_is_special():
+    """[E12]: one W in four layers: Eq. 16's weights fall with depth, the a-priori ones are equal."""
+    W = torch.diag(torch.tensor([3.8, 2.0, 1.4, 1.0], dtype=torch.float64))
+    printed = theory.theorem_3_printed([W] * 4, [2] * 4, 1.0)
+    priori = theory.theorem_3_a_priori([W] * 4, [2] * 4, 1.0, torch.ones(4, dtype=torch.float64))
+    assert math.isclose(printed[0] / printed[3], 3.8**3) and max(priori) - min(priori) < 1e-9 * priori[0]
+
+
+@given(matrices(12), st.data())
+def test_the_mean_error_is_the_sum_of_the_dropped_eigenvalues_and_nothing_does_better(W, data):
+    """[E30] with C the second moment of drawn inputs: equality for the shipped basis; a random basis,
+    plain SVD's and any other map of rank k are no better. Kills: C forgotten; W and W^T swapped."""
+    n, k = W.shape[1], data.draw(st.integers(1, len(W)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    x = torch.tensor(rng.normal(size=(3 * n, n)) * 10.0 ** rng.uniform(-1, 1, n))
+    C = x.T @ x / len(x)
+
+    def mean_error(M):
+        return (x @ (W - M).T).square().sum(1).mean().item()
+    best, noise = theory.expected_error(W, k, C), 1e-10 * torch.trace(W @ C @ W.T).item()
+    assert math.isclose(mean_error(theory.compressed(W, k, C)), best, rel_tol=1e-6, abs_tol=noise)
+    random = torch.tensor(rng.normal(size=(len(W), k)) @ rng.normal(size=(k, n)))
+    for M in (theory.compressed(W, k), random, theory.compressed(W, k, x.abs().mean(0))):
+        assert mean_error(M) >= best - noise
+
+
+@given(st.lists(st.floats(-5, 5), min_size=2, max_size=12), st.floats(0, 6), st.data())
+def test_softmax_moves_by_at_most_2_tanh_of_half_the_change(s, delta, data):
+    """Kills: the softmax bound halved (it is attained by two scores)."""
+    s = torch.tensor(s, dtype=torch.float64)
+    move = torch.tensor(data.draw(st.lists(st.sampled_from([-delta, 0.0, delta]), min_size=len(s), max_size=len(s))))
+    error = (s.softmax(0) - (s + move).softmax(0)).abs().sum()
+    bound = theory.softmax_bound(torch.tensor(delta, dtype=torch.float64))
+    target(float(error / bound) if delta > 1e-9 else 0.0)
+    assert error <= bound + 1e-12 and bound <= min(delta, 2) + 1e-12
+    two = torch.tensor([-delta / 2, delta / 2], dtype=torch.float64)
+    assert torch.isclose((two.softmax(0) - (-two).softmax(0)).abs().sum(), bound, atol=1e-12)
+
+
+def test_the_attention_bound_is_attained():
+    """Two tokens whose log-odds move from -delta to +delta, values at +-1 around c, exact values: error =
+    2 tanh(delta/2) radius. And one key, compressed value: error = e_v ||x||. Kills: the bound halved."""
+    one = torch.tensor(1.0, dtype=torch.float64)
+    for delta in (0.1, 1.0, 4.0):
+        p, v = torch.tensor([-delta, 0.0], dtype=torch.float64).softmax(0), torch.tensor([1.0, -1.0], dtype=torch.float64)
+        p_tilde = torch.tensor([0.0, -delta], dtype=torch.float64).softmax(0)
+        bound = theory.attention_bound(delta * one, torch.ones(2, dtype=torch.float64), one, 0 * one, 1.0, p_tilde, 1)
+        assert math.isclose(((p - p_tilde) @ v).abs(), bound)
+    assert theory.attention_bound(one, 3 * one[None], one, 0.5 * one, 0.0, one[None], 1) == 1.5
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.6, 0.9])
+def test_every_bound_holds_on_the_real_models_own_activations(real, kept):
+    """The table of theory.py: Thm. 1, the mean's equality, the attention bound, on each layer of the checkpoint."""
+    llama, tokenizer, tokens = real
+    rows = list(theory.table(llama, theory.own_text(llama, tokens[0].tolist(), 200), max(kept, lowest_kept(llama))))
+    for _, _, k, v, mean, worst, median, *fig4 in rows:
+        assert 0 < k <= TIGHT and 0 < v <= TIGHT and 0 < median <= worst <= TIGHT and all(0 <= e < 1 for e in fig4)
+        assert math.isnan(mean) or math.isclose(mean, 1, rel_tol=1e-6)
+    assert len(rows) >= len(llama.layers) // 2
+
+
+def lowest_kept(llama):
+    """What Eq. 13 keeps at d_min = 1, a little raised."""
+    return lorc.lorc(llama, d_min=1)[0].kept + 0.01
+
+
+def test_each_heads_rows_are_bounded_by_the_whole_matrix(real):
+    """e_k of one head <= sigma_{d_c+1} of Wk, so that the attention bound can be read in singular values."""
+    for W in real_matrices()[:4]:
+        k, d = len(W) // 3, real[0].config.head_dim
+        lost = W - theory.compressed(W, k)
+        assert torch.linalg.matrix_norm(lost.unflatten(0, (-1, d)), 2).max() <= theory.sigma(W, k + 1) * TIGHT
+        assert math.isclose(theory.reconstruction_error(W, k) ** 2, (torch.linalg.svdvals(W)[k:] ** 2).sum() / W.square().sum(), rel_tol=1e-6)
