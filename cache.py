@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import einsum
 
-BLOCK = 2**16      # keys rebuilt at a time, over the whole batch: bounds the memory of a step
+BLOCK = 2**15      # keys rebuilt at a time, over the whole batch: bounds the memory of a step
 GROUP = 32         # tokens that share one scale and one minimum in the 4-bit store
 
 

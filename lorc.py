@@ -64,8 +64,8 @@ def spectrum(W, C=None):
 
 def basis(W, d_c, C=None):
     """The best orthonormal basis of d_c columns for W x, as the cache wants it: down = U^T, up = U."""
-    U = spectrum(W, C)[1][:, :d_c].to(W.dtype)
-    return Basis(U.T.contiguous(), U.contiguous())
+    U = spectrum(W, C)[1][:, :d_c].to(W.dtype).contiguous()
+    return Basis(U.T, U)
 
 
 # Sec. 4.2: how much each layer may lose ----------------------------------------------------------

@@ -967,3 +967,54 @@ def test_each_heads_rows_are_bounded_by_the_whole_matrix(real):
         lost = W - theory.compressed(W, k)
         assert torch.linalg.matrix_norm(lost.unflatten(0, (-1, d)), 2).max() <= theory.sigma(W, k + 1) * TIGHT
         assert math.isclose(theory.reconstruction_error(W, k) ** 2, (torch.linalg.svdvals(W)[k:] ** 2).sum() / W.square().sum(), rel_tol=1e-6)
+
+
+# The documents ------------------------------------------------------------------------- by hand ---
+
+def test_every_row_of_readmes_table_names_code_that_cites_the_equation():
+    """From the equation to the line: the name exists, and its source says `Eq. n`."""
+    import inspect
+    modules = {"cache": cache, "model": model, "lorc": lorc, "theory": theory}
+    rows = re.findall(r"^\| ((?:Eqs?\.|Algorithm) [^|]+?) \| `([\w.]+)` \|$", (HERE / "README.md").read_text(), re.M)
+    assert len(rows) >= 14
+    for paper, name in rows:
+        found = modules[name.split(".")[0]]
+        for part in name.split(".")[1:]:
+            found = getattr(found, part)
+        source = " ".join(inspect.getsource(found).split())
+        assert paper in source, (paper, name)
+
+
+def test_readme_and_parser_know_the_same_flags():
+    listed = set(re.findall(r"`(--[\w-]+)`", (HERE / "README.md").read_text().split("## The command line")[1]))
+    assert listed - {"--help"} == {o for a in lorc.command_line()._actions for o in a.option_strings} - {"-h", "--help"}
+
+
+def test_help_answers_before_torch_is_imported():
+    program = "import sys, runpy; sys.argv = ['lorc.py', '--help']\ntry: runpy.run_path('lorc.py', run_name='__main__')\n" \
+              "except SystemExit as e: assert e.code == 0 and 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("args, word", [
+    (["--kept", "0"], "--kept"), (["--kept", "1.5"], "--kept"), (["--kept", "nan"], "--kept"), (["--bits", "3"], "--bits"),
+    (["--window", "-1"], "--window"), (["--kept", "0.5", "--d-min", "3"], "exclude"), (["--plan"], "exclude"),
+    (["--basis", "whitened"], "--calibrate"), (["--basis", "svd", "--calibrate", "x"], "leave out"),
+    (["--bases", "x", "--kept", "0.5"], "--kept"), (["--threshold", "nan"], "--threshold"), (["--cache", "half"], "--cache"),
+    (["--calibrate", "/nowhere"], "/nowhere"), (["--device", "abacus"], "abacus"), (["--bases", "/nowhere"], "/nowhere"),
+    (["--kept", "0.05"], "cannot be reached"), (["--chat"], "chat template"), (["--model", "/nowhere"], "/nowhere"),
+    (["--seed", "x"], "--seed"), (["--temperature", "-1"], "--temperature"), (["--top-p", "2"], "--top-p"),
+])
+def test_a_wrong_flag_ends_with_one_line_and_status_2(args, word, capsys):
+    status, out, err = cli(capsys, "--prompt", "Once", *args)
+    assert status == 2 and out == "" and word in err and err.count("\n") == 1
+
+
+def test_a_prompt_that_is_empty_or_too_long_ends_with_one_line(capsys, tmp_path):
+    folder = write_checkpoint(tmp_path, RAW)
+    for prompt, word in (("", "empty"), ("w1 " * 65, "context is 64")):
+        status, out, err = cli(capsys, "--model", folder, "--prompt", prompt, "--cache", "full")
+        assert status == 2 and out == "" and word in err and err.count("\n") == 1
+    status, out, err = cli(capsys, "--model", folder, "--prompt", "w1 " * 60, "--cache", "full")
+    assert status == 0 and "stopped at the model's context" in err

@@ -1,0 +1,72 @@
+"""Memory above the weights: a LLaMA-3-8B-shaped random model at batch 64 and length 2,048 (Table 2).
+
+The caches are filled with random numbers up to their last token; then one decode step runs, and the
+peak over it is read. Bases count, as they should. CUDA only.
+
+    python experiments/memory.py [--kept 0.6] [--out FILE] [--commit HASH]
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import lorc
+import model
+from record import HERE, provenance, write
+
+SHAPE = model.Config(vocab=128256, width=4096, layers=32, heads=32, kv_heads=8, head_dim=128, mlp=14336,
+                     context=8192, eps=1e-5, tied=False, rope={"type": "default", "theta": 500000.0})
+
+
+def random_model(config):
+    """A Llama of this shape with Gaussian weights, bfloat16, on the GPU."""
+    with torch.device("meta"):
+        llama = model.Llama(config)
+    llama = llama.bfloat16().to_empty(device="cuda").requires_grad_(False)
+    for p in llama.parameters():
+        p.fill_(1.0) if p.dim() == 1 else p.normal_(0, p.shape[1] ** -0.5)
+    return llama
+
+
+def peak_of_a_step(llama, kind, bases, B, length, **bibranch):
+    """(bytes of the caches, peak bytes above what was there before them) over one decode step."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    caches = lorc.new_caches(llama, kind, length, bases, B, **bibranch)
+    for cache in caches:
+        for name, x in vars(cache).items():
+            if isinstance(x, torch.Tensor):
+                x.normal_()
+        cache.n = length - 1
+    tokens = torch.zeros(B, 1, dtype=torch.long, device="cuda")
+    llama(tokens, caches).argmax(-1).cpu()
+    return sum(c.nbytes for c in caches), torch.cuda.max_memory_allocated() - before
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--kept", type=float, default=0.6)
+    p.add_argument("--batch", type=int, default=64)
+    p.add_argument("--length", type=int, default=2048)
+    p.add_argument("--out")
+    p.add_argument("--commit")
+    args = p.parse_args()
+    with torch.inference_mode():
+        llama = random_model(SHAPE)
+        result = provenance("cuda", args.commit) | {"batch": args.batch, "length": args.length, "kept": args.kept}
+        result["full_bytes"], result["full_peak"] = peak_of_a_step(llama, "full", None, args.batch, args.length)
+        for schedule in ("progressive", "uniform"):
+            start = torch.cuda.memory_allocated()
+            bases = lorc.lorc(llama, kept=args.kept, schedule=schedule)[1]
+            held = torch.cuda.memory_allocated() - start
+            cache, peak = peak_of_a_step(llama, "compressed", bases, args.batch, args.length)
+            result[schedule] = {"cache_bytes": cache, "bases_bytes": held, "peak": held + peak,
+                                "of_full_peak": (held + peak) / result["full_peak"]}
+            del bases
+    write(args.out or HERE / "results" / "memory_h200.json", result)
+
+
+if __name__ == "__main__":
+    main()
