@@ -1,22 +1,22 @@
 """What the model remembers: three caches with one contract (Secs. 3, 4.1 and App. C; CSKV).
 
-A cache serves one layer. It is made for B sequences of at most `capacity` tokens, and its buffers are
-allocated then, once. `attend(q, k, v, rope)` takes T new tokens, not yet rotated,
+A cache serves one layer. It is made for B sequences of at most `capacity` tokens, and its buffers
+are allocated then, once. `attend(q, k, v, rope)` takes T new tokens, not yet rotated,
 
     q (B, T, H, d),  k and v (B, T, G, d)  ->  (B, T, H, d)
 
 remembers their keys and values, and answers with causal attention over all that it remembers.
 `nbytes` is the sum of the buffers it holds.
 
-    FullCache         k rotated, v                                            2 * G*d numbers a token
-    CompressedCache   c_k = U_k^T k, c_v = U_v^T v; keys rebuilt, then rotated    d_k + d_v
-    BiBranchCache     exact first and last tokens, latents of those between   d_k + d_v, or 4 bits each
+    FullCache         k rotated, and v                                 2 * G*d numbers a token
+    CompressedCache   latents c_k = U_k^T k and c_v = U_v^T v          d_k + d_v
+    BiBranchCache     first and last tokens exact, latents between     d_k + d_v, or 4 bits each
 
     k --- down ---> [ c_k ] --- up ---> k~ --- rope ---> q . k~ --- softmax ---> p
     v --- down ---> [ c_v ] ------------- p . c_v, one latent for each head ------------ up ---> o
 
-A basis is a pair: `down` (d_c, G*d) makes the latent, `up` (G*d, d_c) expands it. In the papers' closed
-forms up = U has orthonormal columns and down = U^T.
+A basis is a pair: `down` (d_c, G*d) makes the latent, `up` (G*d, d_c) expands it. In the papers'
+closed forms up = U has orthonormal columns and down = U^T.
 
 Does NOT include: eviction of tokens, paging, or sequences of different lengths in one batch.
 """
@@ -41,7 +41,7 @@ class Basis(NamedTuple):
         return self.down.shape[0]
 
     def shrink(self, x):
-        """x (B, T, G, d) -> latents (B, T, d_c): the paper's X(Sigma V^T)^T, since U^T k = Sigma V^T x."""
+        """x (B, T, G, d) -> latents (B, T, d_c): U^T k, the paper's X(Sigma V^T)^T."""
         return F.linear(x.flatten(2), self.down)
 
     def expand(self, c, d):
@@ -49,14 +49,14 @@ class Basis(NamedTuple):
         return F.linear(c, self.up).unflatten(-1, (-1, d))
 
     def heads(self, o, d):
-        """Mixed latents (B, T, H, d_c) -> (B, T, H, d): Eq. 9, head by head, with its own d rows of U [E2]."""
-        U = self.up.unflatten(0, (-1, d))                                    # (G, d, d_c)
-        o = o.unflatten(2, (U.shape[0], -1))                                 # (B, T, G, H/G, d_c)
+        """Mixed latents (B, T, H, d_c) -> (B, T, H, d): Eq. 9, head i with its rows of U [E2]."""
+        U = self.up.unflatten(0, (-1, d))                            # (G, d, d_c)
+        o = o.unflatten(2, (U.shape[0], -1))                         # (B, T, G, H/G, d_c)
         return einsum("btgrc,gdc->btgrd", o, U).flatten(2, 3)
 
 
 def attention(q, k, v):
-    """Eq. 1 for the last T of S tokens, fused: q (B, T, H, d), k and v (B, S, G, d) -> (B, T, H, d)."""
+    """Eq. 1 for the last T of S tokens: q (B, T, H, d), k and v (B, S, G, d) -> (B, T, H, d)."""
     T, S = q.shape[1], k.shape[1]
     mask = None
     if 1 < T < S:
@@ -104,8 +104,8 @@ class CompressedCache:
     """Latents only (Secs. 4.1, 4.3, App. C). Nothing of full width outlives a call.
 
     The rotation stands between U_k and the cached key and depends on that key's position, so U_k
-    cannot be folded into the query (Eq. 7 fails, [E4]): keys are rebuilt, then rotated. Nothing stands
-    between U_v and the values: their latents are mixed, and the mixture expanded (Eq. 9, [E5], [E18]).
+    cannot be folded into the query (Eq. 7 fails, [E4]): keys are rebuilt, then rotated. Nothing
+    stands between U_v and the values: latents are mixed, the mixture expanded (Eq. 9, [E5], [E18]).
     """
 
     def __init__(self, B, capacity, K: Basis, V: Basis, d):
@@ -119,7 +119,7 @@ class CompressedCache:
         self.c_k[:, new], self.c_v[:, new], self.n = self.K.shrink(k), self.V.shrink(v), new.stop
         c_v = self.c_v[:, :self.n]
         q = rope(q, new)
-        if q.shape[1] > 1:                                   # many queries: rebuild once, attend fused
+        if q.shape[1] > 1:                           # many queries: rebuild once, attend fused
             return attention(q, self.keys(slice(0, self.n), rope), self.V.expand(c_v, self.d))
         step = max(1, BLOCK // len(q))
         blocks = [slice(i, min(i + step, self.n)) for i in range(0, self.n, step)]
@@ -172,13 +172,13 @@ def dequantize(codes, low, step):
 
 
 def round_trip(c):
-    """Latents (B, S, d_c) as they are read back once their groups are full; an unfull last group unchanged."""
+    """Latents (B, S, d_c) as they are read back: full groups of 32 tokens rounded, the rest not."""
     full = c.shape[1] // GROUP * GROUP
     return torch.cat((dequantize(*quantize(c[:, :full])), c[:, full:]), 1)
 
 
 class Latents4:
-    """A growing list of latents in 4 bits, two to a byte; tokens wait unquantized until 32 are there."""
+    """A growing list of latents in 4 bits, two to a byte; tokens wait unrounded for 32."""
 
     def __init__(self, B, capacity, d_c, like):
         groups = capacity // GROUP
@@ -194,7 +194,8 @@ class Latents4:
         if new:
             codes, low, step = quantize(c[:, :new * GROUP])
             at = slice(done, done + new)
-            self.packed[:, done * GROUP // 2:(done + new) * GROUP // 2] = codes[:, ::2] | codes[:, 1::2] << 4
+            half = slice(done * GROUP // 2, (done + new) * GROUP // 2)
+            self.packed[:, half] = codes[:, ::2] | codes[:, 1::2] << 4
             self.low[:, at], self.step[:, at] = low, step
         self.waiting[:, :self.n % GROUP] = c[:, new * GROUP:]
 
@@ -205,8 +206,8 @@ class Latents4:
         packed = self.packed[:, at.start * GROUP // 2:at.stop * GROUP // 2]
         codes = torch.stack((packed & 15, packed >> 4), 2).flatten(1, 2)
         old = dequantize(codes, self.low[:, at], self.step[:, at])
-        waiting = self.waiting[:, max(0, span.start - done * GROUP):max(0, span.stop - done * GROUP)]
-        return torch.cat((old[:, :span.stop - span.start], waiting), 1)
+        late = slice(max(0, span.start - done * GROUP), max(0, span.stop - done * GROUP))
+        return torch.cat((old[:, :span.stop - span.start], self.waiting[:, late]), 1)
 
     @property
     def nbytes(self) -> int:
@@ -214,23 +215,24 @@ class Latents4:
 
 
 class BiBranchCache:
-    """CSKV's two branches: the first `sinks` and the last `window` tokens exact, latents of those between.
+    """CSKV's two branches: the first `sinks` and last `window` tokens exact, latents of the others.
 
-    The rule [E34]: tokens that come several at once (a prompt) see each other exactly, and what came
-    before them as it is stored. A token that comes alone counts itself among the last `window`. A token
-    is compressed, once, at the moment it leaves the window. `strict` answers for a whole text, in one
-    call that keeps nothing, as if its tokens had come one by one.
+    The rule [E34]: tokens that come several at once (a prompt) see each other exactly, and what
+    came before them as it is stored. A token that comes alone counts itself among the last
+    `window`. A token is compressed, once, at the moment it leaves the window. `strict` answers for
+    a whole text, in one call that keeps nothing, as if its tokens had come one by one.
 
     The window is a ring: place p after the sinks lives in slot p % window [E33].
     """
 
-    def __init__(self, B, capacity, K: Basis, V: Basis, d, sinks=4, window=32, bits=16, strict=False):
+    def __init__(self, B, capacity, K: Basis, V: Basis, d, sinks=4, window=32, bits=16,
+                 strict=False):
         G, store = K.up.shape[0] // d, {16: Latents, 4: Latents4}[bits]
         self.K, self.V, self.d, self.bits, self.strict = K, V, d, bits, strict
         self.sinks, self.window, self.capacity, self.n = sinks, window, capacity, 0
         self.sink_k, self.sink_v = K.down.new_empty(2, B, min(sinks, capacity), G, d)
-        self.ring_k, self.ring_v = K.down.new_empty(2, B, min(window, max(0, capacity - sinks)), G, d)
-        between = max(0, capacity - sinks - window)
+        slots, between = min(window, max(0, capacity - sinks)), max(0, capacity - sinks - window)
+        self.ring_k, self.ring_v = K.down.new_empty(2, B, slots, G, d)
         self.c_k, self.c_v = store(B, between, K.d_c, K.down), store(B, between, V.d_c, V.down)
 
     def attend(self, q, k, v, rope):
@@ -249,19 +251,22 @@ class BiBranchCache:
     def remember(self, k, v):
         """Append k, v (B, T, G, d): to the sinks, then through the window into the latents."""
         first = min(max(self.sinks - self.n, 0), k.shape[1])
-        self.sink_k[:, self.n:self.n + first], self.sink_v[:, self.n:self.n + first] = k[:, :first], v[:, :first]
-        before = max(self.n - self.sinks, 0)                       # places taken after the sinks
+        at = slice(self.n, self.n + first)
+        self.sink_k[:, at], self.sink_v[:, at] = k[:, :first], v[:, :first]
+        before = max(self.n - self.sinks, 0)                         # places taken after the sinks
         self.n += k.shape[1]
-        k, v = k[:, first:], v[:, first:]
-        T, held = k.shape[1], min(before, self.window)
-        out = max(0, held + T - self.window)                       # how many leave the window
-        old = torch.arange(before - held, before - held + min(out, held), device=k.device) % max(1, self.window)
-        for ring, x, store, B in ((self.ring_k, k, self.c_k, self.K), (self.ring_v, v, self.c_v, self.V)):
+        T, held = k.shape[1] - first, min(before, self.window)
+        out, keep = max(0, held + T - self.window), min(T, self.window)      # leave and enter it
+
+        def slots(start, stop):
+            return torch.arange(start, stop, device=k.device) % max(1, self.window)
+        old = slots(before - held, before - held + min(out, held))
+        new = slots(before + T - keep, before + T)
+        for ring, x, store, basis in ((self.ring_k, k[:, first:], self.c_k, self.K),
+                                      (self.ring_v, v[:, first:], self.c_v, self.V)):
             if out:
-                store.append(B.shrink(torch.cat((ring[:, old], x[:, :out - len(old)]), 1)))
-            keep = min(T, self.window)
-            slots = torch.arange(before + T - keep, before + T, device=k.device) % max(1, self.window)
-            ring[:, slots] = x[:, T - keep:]
+                store.append(basis.shrink(torch.cat((ring[:, old], x[:, :out - len(old)]), 1)))
+            ring[:, new] = x[:, T - keep:]
 
     def branches(self):
         """Positions of what is held: sinks, between, and the ring's slots in the order they lie."""
@@ -282,9 +287,9 @@ class BiBranchCache:
         a, m = first.stop, between.stop - between.start
         size = max(GROUP, BLOCK // len(q) // GROUP * GROUP)
         blocks = [slice(i, min(i + size, m)) for i in range(0, m, size)]
-        s = [scores(q, rope(self.sink_k[:, :a], first)), scores(q, rope(self.ring_k[:, :len(ring)], ring))]
-        s += [scores(q, self.keys(b, between, rope)) for b in blocks]
-        p = softmax(torch.cat(s, -1))                              # sinks, window, between
+        keys = [rope(self.sink_k[:, :a], first), rope(self.ring_k[:, :len(ring)], ring)]
+        s = [scores(q, k) for k in keys] + [scores(q, self.keys(b, between, rope)) for b in blocks]
+        p = softmax(torch.cat(s, -1))                                # sinks, window, between
         exact = torch.cat((self.sink_v[:, :a], self.ring_v[:, :len(ring)]), 1)
         o = mix(p[..., :exact.shape[1]], exact)
         if m:
@@ -306,14 +311,15 @@ class BiBranchCache:
     def score(self, q, k, v, rope):
         """The decode regime for a whole text in one pass, by masks: q rotated, k and v not."""
         T, at = q.shape[1], slice(0, q.shape[1])
-        kinds = [(rope(k, at), v)]                                 # exact, latent, latent in 4 bits
         c_k, c_v = self.K.shrink(k[:, self.sinks:]), self.V.shrink(v[:, self.sinks:])
         stored = [(c_k, c_v)]
-        if self.bits == 4:
-            stored.append(tuple(c + (round_trip(c) - c).detach() for c in (c_k, c_v)))   # straight-through
-        for c_k, c_v in stored:
-            kinds.append((rope(F.pad(self.K.expand(c_k, self.d), (0, 0, 0, 0, self.sinks, 0))[:, :T], at),
-                          F.pad(self.V.expand(c_v, self.d), (0, 0, 0, 0, self.sinks, 0))[:, :T]))
+        if self.bits == 4:                                         # gradients pass straight through
+            stored.append(tuple(c + (round_trip(c) - c).detach() for c in (c_k, c_v)))
+
+        def whole(c, basis):                                     # the sinks' places are never read
+            return F.pad(basis.expand(c, self.d), (0, 0, 0, 0, self.sinks, 0))[:, :T]
+        kinds = [(rope(k, at), v)]                                 # exact, latent, latent in 4 bits
+        kinds += [(rope(whole(c_k, self.K), at), whole(c_v, self.V)) for c_k, c_v in stored]
         j = torch.arange(T, device=q.device)
         group_end = self.sinks + ((j - self.sinks) // GROUP + 1) * GROUP
         answers = []
@@ -322,11 +328,13 @@ class BiBranchCache:
             kind = ((j >= self.sinks) & (j <= i - self.window)).long()
             if self.bits == 4:
                 kind += (kind == 1) & (group_end <= i + 1 - self.window)
-            s = sum((kind == n)[:, None] * scores(q[:, rows], key) for n, (key, _) in enumerate(kinds))
+            of = [(kind == n)[:, None] for n in range(len(kinds))]
+            s = sum(mask * scores(q[:, rows], key) for mask, (key, _) in zip(of, kinds))
             p = softmax(s.masked_fill((j > i)[:, None], -torch.inf))
-            answers.append(sum(mix(p * (kind == n)[:, None], value) for n, (_, value) in enumerate(kinds)))
+            answers.append(sum(mix(p * mask, value) for mask, (_, value) in zip(of, kinds)))
         return torch.cat(answers, 1)
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in (self.sink_k, self.sink_v, self.ring_k, self.ring_v, self.c_k, self.c_v))
+        exact = self.sink_k, self.sink_v, self.ring_k, self.ring_v
+        return sum(x.nbytes for x in (*exact, self.c_k, self.c_v))

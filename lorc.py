@@ -1,12 +1,12 @@
 """LoRC: low-rank compression of the KV cache, read beside the paper (Zhang et al., 2024).
 
-The first half of this file is Sec. 4 in the paper's order; the second half speaks, scores and reports.
+The first part of this file is Sec. 4 in the paper's order; the rest speaks, scores and reports.
 
     paper                          here
-    -----------------------------  -------------------------------------------------------------
+    -----------------------------  ------------------------------------------------------------
     Eq. 4, cache size              full_bytes
-    Eqs. 5, 6, 8, SVD of Wk, Wv    spectrum, basis        (one SVD over all heads)
-    Eqs. 7, 9, folding U           cache.CompressedCache  (Eq. 7 cannot be, [E4]; Eq. 9 head by head)
+    Eq. 5, Eq. 6, Eq. 8, SVD       spectrum, basis        (one SVD over all heads)
+    Eq. 7, Eq. 9, folding U        cache.CompressedCache  (Eq. 7 cannot be, [E4]; Eq. 9 per head)
     Eq. 10, condition number       log_kappa              kappa(W), in logs
     Eq. 12, cumulative             log_kappa_tilde        kappa~_l, in logs
     Eq. 13, compressed dimension   compressed_dimension   d_c of layer l, from d_max to d_min
@@ -14,8 +14,8 @@ The first half of this file is Sec. 4 in the paper's order; the second half spea
     rho                            kept                   fraction of the full cache's numbers [E13]
 
 [E1] ... [E34] are the errata: README lists them in one line each. Logs are natural [E8].
-Does NOT include: eviction of tokens, changed weights (Eqs. 7, 9 as stored matrices would be larger
-than what they replace, [E5]), or training.
+Does NOT include: eviction of tokens, changed weights (Eq. 7 and Eq. 9 as stored matrices would be
+larger than what they replace, [E5]), or training.
 
     python lorc.py --prompt "Once upon a time"
     python lorc.py --model PATH --prompt "..." --compare
@@ -47,10 +47,10 @@ def heavy_imports():
 # Sec. 4.1: one layer -----------------------------------------------------------------------------
 
 def spectrum(W, C=None):
-    """Eigenvalues lam (m,), falling, and eigenvectors U (m, m) of W C W^T: Eqs. 5, 6 and 8 of one matrix.
+    """Eigenvalues lam (m,), falling, and eigenvectors U (m, m) of W C W^T: Eq. 5, Eq. 6, Eq. 8.
 
     W (m, n) is Wk or Wv of all heads together. C is the second moment of the inputs: None for the
-    identity, (n,) for a diagonal, or (n, n). With C = I, lam = sigma^2 and U holds the left singular
+    identity, (n,) for a diagonal, or (n, n). With C = I, lam = sigma^2 and U has the left singular
     vectors of W = U Sigma V^T in nn.Linear's orientation [E1], so that U^T (W x) = Sigma V^T x: the
     latent that the cache keeps is the paper's X(Sigma V^T)^T. Any other C measures the error
     ||Wx - U U^T Wx|| in the mean over inputs with that second moment [E30].
@@ -63,7 +63,7 @@ def spectrum(W, C=None):
 
 
 def basis(W, d_c, C=None):
-    """The best orthonormal basis of d_c columns for W x, as the cache wants it: down = U^T, up = U."""
+    """The best orthonormal basis of d_c columns for W x: down = U^T, up = U."""
     U = spectrum(W, C)[1][:, :d_c].to(W.dtype).contiguous()
     return Basis(U.T, U)
 
@@ -95,7 +95,9 @@ def compressed_dimension(log_tilde, d_max, d_min, schedule="progressive"):
     `uniform` is the paper's baseline: every layer is given d_min.
     """
     top, spread = max(log_tilde), max(log_tilde) - min(log_tilde)
-    depth = [1.0 if schedule == "uniform" else (top - x) / spread if spread > 0 else 0.0 for x in log_tilde]
+    depth = [(top - x) / spread if spread > 0 else 0.0 for x in log_tilde]
+    if schedule == "uniform":
+        depth = [1.0] * len(log_tilde)
     return [d_max * (1 - t * (1 - d_min / d_max)) for t in depth]
 
 
@@ -120,9 +122,9 @@ def solve_d_min(kept, ranks_of, d_max):
         return sum(map(sum, plan := ranks_of(d_min))) / (2 * len(plan) * d_max)
     low, high = 1.0, float(d_max)
     if not fraction(low) - 0.5 / d_max <= kept <= fraction(high) + 0.5 / d_max:
-        raise model.UserError(f"--kept {kept:g} cannot be reached: with these flags the cache can keep between "
-                              f"{math.ceil(1000 * fraction(low)) / 1000:g} and {fraction(high):.4g}"
-                              " of its numbers (--schedule uniform reaches lower)")
+        least = math.ceil(1000 * fraction(low)) / 1000
+        raise model.UserError(f"--kept {kept:g} cannot be reached: these flags can keep {least:g} "
+                              f"to {fraction(high):.4g} (--schedule uniform reaches lower)")
     while high - low > 1e-6:
         middle = (low + high) / 2
         low, high = (middle, high) if fraction(middle) < kept else (low, middle)
@@ -146,7 +148,7 @@ class Plan:
 
 def lorc(llama, kept=0.6, d_min=None, threshold=math.inf, schedule="progressive", skip=0, split=0.0,
          moments=None):
-    """Algorithm 1: the plan, and for each layer its bases of keys and values, None where it stays full.
+    """Algorithm 1: the plan, and each layer's bases of keys and values, None where it stays full.
 
     kept solves for d_min where d_min is None; threshold is on ln kappa~ [E8]; moments: C of each
     layer's inputs, None for the paper's SVD.
@@ -165,13 +167,13 @@ def lorc(llama, kept=0.6, d_min=None, threshold=math.inf, schedule="progressive"
              (basis(Wk, d_k, C), basis(Wv, d_v, C))                                # l. 12-14, 16-18
              for (Wk, Wv), (d_k, d_v), C in zip(tqdm(weights, "bases", unit=" layers", leave=False,
                                                      disable=None), plan.ranks, moments)]
-    return plan, bases                                  # l. 15, 19 not taken [E4], [E5]; l. 20: caches
+    return plan, bases                        # l. 15, 19 not taken [E4], [E5]; l. 20: the caches
 
 
 # Which C: one formula for every method -----------------------------------------------------------
 
 def norm_moments(llama):
-    """C = diag(gamma^2) for each layer: the RMSNorm weight in front of Wk and Wv, without any data."""
+    """C = diag(gamma^2) of each layer: the RMSNorm weight before Wk and Wv, without any data."""
     return [layer.attn_norm.weight.double() ** 2 for layer in llama.layers]
 
 
@@ -185,13 +187,14 @@ def calibrated_moments(llama, tokens, kind, sinks=4, context=1024, windows=32):
 
     def collect(layer):
         def hook(module, inputs):
-            x = inputs[0][0, sinks:].double()                       # (T, D), what Wk and Wv are given
+            x = inputs[0][0, sinks:].double()             # (T, D), what Wk and Wv are given
             sums[layer] += x.abs().sum(0) if kind == "asvd" else x.T @ x
         return hook
-    hooks = [layer.attn.Wk.register_forward_pre_hook(collect(i)) for i, layer in enumerate(llama.layers)]
+    hooks = [layer.attn.Wk.register_forward_pre_hook(collect(i))
+             for i, layer in enumerate(llama.layers)]
     try:
-        for x in tqdm(tokens[:windows * context].split(context), "calibrating", unit=" windows", leave=False,
-                      disable=None):
+        for x in tqdm(tokens[:windows * context].split(context), "calibrating", unit=" windows",
+                      leave=False, disable=None):
             if len(x) > sinks:
                 llama.hidden(x[None], new_caches(llama, "full", len(x)))
                 seen += len(x) - sinks
@@ -204,7 +207,7 @@ def calibrated_moments(llama, tokens, kind, sinks=4, context=1024, windows=32):
 # Running -----------------------------------------------------------------------------------------
 
 def new_caches(llama, kind, capacity, bases=None, B=1, **bibranch):
-    """One empty cache for each layer: full, compressed or bibranch; full where a layer has no basis."""
+    """One empty cache a layer: full, compressed or bibranch; full where the layer has no basis."""
     c, like = llama.config, llama.embed.weight
 
     def cache(pair):
@@ -217,13 +220,13 @@ def new_caches(llama, kind, capacity, bases=None, B=1, **bibranch):
 
 
 def full_bytes(llama, capacity, B=1):
-    """Bytes of a full cache: Eq. 4, times two for K and V [E14], times the layers and the bytes of a number."""
+    """Bytes of a full cache: Eq. 4 for K and for V [E14], times layers and bytes of a number."""
     c = llama.config
     return 2 * B * capacity * c.kv_width * c.layers * llama.embed.weight.element_size()
 
 
 def sample(logits, temperature, top_p, generator):
-    """The next token (B, 1) from logits (B, V): the largest at temperature 0, else drawn from the nucleus."""
+    """The next token (B, 1) from logits (B, V): the largest at temperature 0, else drawn."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     p, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
@@ -246,7 +249,7 @@ def generate(llama, caches, tokens, n, ends=(), temperature=0.0, top_p=1.0, seed
 
 
 def negative_log_likelihood(llama, tokens, context, make_caches):
-    """Nats and number of predicted tokens: windows of `context` tokens, each predicts all but its first."""
+    """Nats and number of predicted tokens: each window of `context` predicts all but its first."""
     nats = count = 0
     bar = tqdm(total=len(tokens), desc="scoring", unit=" tokens", leave=False, disable=None)
     for x in tokens.split(context):
@@ -261,17 +264,17 @@ def negative_log_likelihood(llama, tokens, context, make_caches):
 
 @contextmanager
 def measuring(llama, bases):
-    """Collect ||k - k~|| / ||k|| and ||v - v~|| / ||v|| of each layer over all tokens seen meanwhile."""
+    """Collect ||k - k~|| / ||k|| and ||v - v~|| / ||v|| of each layer over all tokens seen."""
     sums = torch.zeros(len(llama.layers), 2, 2)
 
     def collect(layer, which, pair):
         def hook(module, inputs, k):
             err = k - F.linear(F.linear(k, pair.down), pair.up)
-            sums[layer, which] += torch.stack((err.double().square().sum(), k.double().square().sum())).cpu()
+            sums[layer, which] += torch.stack([x.double().square().sum() for x in (err, k)]).cpu()
         return hook
     hooks = [W.register_forward_hook(collect(i, j, pair[j]))
-             for i, pair in enumerate(bases) if pair for j, W in enumerate((llama.layers[i].attn.Wk,
-                                                                            llama.layers[i].attn.Wv))]
+             for i, (layer, pair) in enumerate(zip(llama.layers, bases)) if pair
+             for j, W in enumerate((layer.attn.Wk, layer.attn.Wv))]
     errors = []
     try:
         yield errors
@@ -284,7 +287,7 @@ def measuring(llama, bases):
 # Saving bases ------------------------------------------------------------------------------------
 
 def fingerprint(llama):
-    """What ties bases to a model: a hash of its shape and of the first numbers of every Wk and Wv."""
+    """What ties bases to a model: a hash of its shape and of some numbers of every Wk and Wv."""
     h = hashlib.sha256(repr(llama.config).encode())
     for layer in llama.layers:
         for W in (layer.attn.Wk.weight, layer.attn.Wv.weight):
@@ -295,10 +298,11 @@ def fingerprint(llama):
 def save_bases(folder, llama, plan, bases, method):
     """Write bases and plan to folder/bases.safetensors: whole or not at all. Raises UserError."""
     from safetensors.torch import save_file
-    tensors = {f"layers.{i}.{kind}.{part}": getattr(b, part).contiguous()
-               for i, pair in enumerate(bases) if pair for kind, b in zip(("k", "v"), pair) for part in b._fields}
-    metadata = {"model": fingerprint(llama), "method": method, "kept": repr(plan.kept), "plan": json.dumps(
-        {"log_kappa": plan.log_kappa, "log_tilde": plan.log_tilde, "ranks": plan.ranks})}
+    tensors = {f"layers.{i}.{kind}.{part}": x.contiguous() for i, pair in enumerate(bases) if pair
+               for kind, b in zip("kv", pair) for part, x in b._asdict().items()}
+    about = {"log_kappa": plan.log_kappa, "log_tilde": plan.log_tilde, "ranks": plan.ranks}
+    metadata = {"model": fingerprint(llama), "method": method, "kept": repr(plan.kept),
+                "plan": json.dumps(about)}
     path = Path(folder) / "bases.safetensors"
     beside = path.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -314,10 +318,11 @@ def save_bases(folder, llama, plan, bases, method):
 def load_bases(folder, llama):
     """The plan, the bases and the method's name from folder/bases.safetensors. Raises UserError."""
     from safetensors import safe_open
-    path, like, d_max = Path(folder) / "bases.safetensors", llama.embed.weight, llama.config.kv_width
+    path, d_max = Path(folder) / "bases.safetensors", llama.config.kv_width
     try:
         with safe_open(path, "pt") as f:
-            about, tensors = f.metadata() or {}, {name: f.get_tensor(name).to(like) for name in f.keys()}
+            about = f.metadata() or {}
+            tensors = {name: f.get_tensor(name).to(llama.embed.weight) for name in f.keys()}
         if about.get("model") != fingerprint(llama):
             raise model.UserError(f"{path} was made for another model; make new bases with --save")
         plan = Plan(**json.loads(about["plan"]), d_max=d_max)
@@ -330,7 +335,7 @@ def load_bases(folder, llama):
     except model.UserError:
         raise
     except Exception as e:
-        raise model.UserError(f"{path} does not hold bases for this model: {type(e).__name__} {e}") from None
+        raise model.UserError(f"{path} holds no bases for this model: {e!r:.80}") from None
     return plan, bases, about.get("method", "")
 
 
@@ -357,7 +362,8 @@ def command_line():
     """Every flag; the defaults that hang on other flags are None here and settled in `settle`."""
     p = Parser(prog="lorc.py", description="LoRC and CSKV: a LLaMA that keeps a low-rank KV cache.")
     count, positive = within(int, 0, 10**9, "count"), within(int, 1, 10**9, "positive count")
-    fraction, more = within(float, 1e-6, 1, "fraction in (0, 1]"), within(int, 2, 10**9, "count above 1")
+    fraction = within(float, 1e-6, 1, "fraction in (0, 1]")
+    more = within(int, 2, 10**9, "count above 1")
     flag = p.add_argument
     flag("--model", default=str(Path(__file__).resolve().parent / "tiny"), metavar="PATH",
          help="A folder in Hugging Face layout, or a Hub id. Default: tiny/ beside lorc.py.")
@@ -365,7 +371,7 @@ def command_line():
     flag("--prompt", action="append", metavar="TEXT",
          help="Continue this text; repeatable; - reads standard input.")
     flag("--perplexity", metavar="FILE", help="Score this text under the chosen cache.")
-    flag("--plan", action="store_true", help="Print kappa, kappa~ and d_c per layer (Alg. 1) and stop.")
+    flag("--plan", action="store_true", help="Print kappa, kappa~ and d_c per layer and stop.")
     flag("--compare", action="store_true", help="Run all three caches and print them side by side.")
     flag("--save", metavar="DIR", help="Write bases and plan to DIR/bases.safetensors.")
     flag("--json", action="store_true", help="Print one JSON object instead of text.")
@@ -379,12 +385,14 @@ def command_line():
          help="Alg. 1, l. 8: layers whose ln kappa~ is above stay full. Default: none.")
     flag("--schedule", choices=["progressive", "uniform"],
          help="Eq. 13, or the same d_c everywhere. Default: progressive; uniform with --calibrate.")
-    flag("--skip", type=count, default=0, metavar="N", help="Leave the first N layers full. Default: 0.")
+    flag("--skip", type=count, default=0, metavar="N",
+         help="Leave the first N layers full. Default: 0.")
     flag("--split", type=within(float, -1, 1, "number in [-1, 1]"), default=0.0, metavar="F",
          help="Kept fraction moved from keys to values. Default: 0.")
     flag("--basis", choices=["svd", "norm", "asvd", "whitened"],
          help="C: I, gamma^2, mean |x|, E[xx^T]. Default: svd; whitened with --calibrate.")
-    flag("--calibrate", metavar="FILE", help="Text for asvd and whitened; 30,000 tokens are plenty.")
+    flag("--calibrate", metavar="FILE",
+         help="Text for asvd and whitened; its first 32,768 tokens are used.")
     flag("--bases", metavar="DIR", help="Use the bases and the plan that --save wrote.")
     flag("--sinks", type=count, default=4, metavar="N",
          help="Exact first tokens of the bi-branch cache; left out of calibration. Default: 4.")
@@ -419,7 +427,8 @@ def settle(p, args):
             sum(map(bool, (args.prompt, args.perplexity, args.plan))) > 1,
         "nothing to do: give --prompt TEXT, --perplexity FILE, --plan or --save DIR":
             not (args.prompt or args.perplexity or args.plan or args.save),
-        "--compare needs --prompt or --perplexity": args.compare and not (args.prompt or args.perplexity),
+        "--compare needs --prompt or --perplexity":
+            args.compare and not (args.prompt or args.perplexity),
         f"--bases brings its own plan; leave out {', '.join(brought)}": args.bases and brought,
         "--kept and --d-min exclude each other": args.kept and args.d_min,
         f"--basis {args.basis} uses no text; leave out --calibrate":
@@ -458,7 +467,8 @@ def open_model(args):
     try:
         torch.zeros(1, device=device)
     except Exception as e:
-        raise model.UserError(f"--device {device} cannot be used: {str(e).splitlines()[0]}") from None
+        why = str(e).splitlines()[0]
+        raise model.UserError(f"--device {device} cannot be used: {why}") from None
     dtype = args.dtype or ("float32" if device == "cpu" else None)
     folder = model.find_model(args.model)
     llama = model.load(folder, dtype and getattr(torch, dtype), device)
@@ -471,27 +481,32 @@ def choose_bases(args, llama, tokenizer):
         return load_bases(args.bases, llama)[:2]
     moments = norm_moments(llama) if args.basis == "norm" else None
     if args.calibrate:
-        tokens = torch.tensor(tokenizer.encode(read_text(args.calibrate)), device=llama.embed.weight.device)
-        if len(tokens) < llama.config.kv_width:
-            raise model.UserError(f"{args.calibrate} has {len(tokens)} tokens; calibrating this model needs "
-                                  f"at least {llama.config.kv_width}, and gains from 30,000")
-        moments = calibrated_moments(llama, tokens, args.basis, args.sinks, min(1024, llama.config.context))
-    return lorc(llama, args.kept, args.d_min, args.threshold, args.schedule, args.skip, args.split, moments)
+        tokens = torch.tensor(tokenizer.encode(read_text(args.calibrate)))
+        least, context = llama.config.kv_width, min(1024, llama.config.context)
+        if len(tokens) < least + args.sinks:
+            raise model.UserError(f"{args.calibrate} has {len(tokens)} tokens; calibrating this "
+                                  f"model needs {least + args.sinks}, and gains from 30,000")
+        tokens = tokens.to(llama.embed.weight.device)
+        moments = calibrated_moments(llama, tokens, args.basis, args.sinks, context)
+    return lorc(llama, args.kept, args.d_min, args.threshold, args.schedule, args.skip, args.split,
+                moments)
 
 
 def speak(args, llama, tokenizer, prompt, kind, bases, write):
-    """Continue one prompt under one cache; `write` is given the text as it comes. Returns its measurements."""
+    """Continue one prompt under one cache; `write` is given the text as it comes."""
     ids = tokenizer.chat(prompt) if args.chat else tokenizer.encode(prompt)
     limit = llama.config.context
     if not ids:
         raise model.UserError("the prompt is empty; give some text")
     if len(ids) > limit:
-        raise model.UserError(f"the prompt has {len(ids)} tokens, the model's context is {limit}; shorten it")
+        raise model.UserError(f"the prompt has {len(ids)} tokens, the model's context is {limit}; "
+                              "shorten it")
     n = min(args.max_new_tokens, limit - len(ids) + 1)
     caches = new_caches(llama, kind, len(ids) + n - 1, bases, **bibranch_options(args, kind))
     stream, out, tokens, marks = model.Stream(tokenizer, ids), [], [], [time.perf_counter()]
-    steps = generate(llama, caches, torch.tensor([ids], device=llama.embed.weight.device), n, tokenizer.ends,
-                     args.temperature, args.top_p, args.seed)
+    start = torch.tensor([ids], device=llama.embed.weight.device)
+    steps = generate(llama, caches, start, n, tokenizer.ends, args.temperature,
+                     args.top_p, args.seed)
     status = "ok"
     try:
         with measuring(llama, bases if kind != "full" else []) as errors:
@@ -508,8 +523,8 @@ def speak(args, llama, tokenizer, prompt, kind, bases, write):
     marks += [time.perf_counter()] * (3 - len(marks))
     out.append(stream.rest() if stream.new else "")
     write(out[-1] + "\n")
-    return {"text": "".join(out), "tokens": len(tokens), "ids": tokens, "errors": errors, "status": status,
-            "cache": cache_report(llama, caches, kind, len(ids) + n - 1),
+    return {"text": "".join(out), "tokens": len(tokens), "ids": tokens, "errors": errors,
+            "status": status, "cache": cache_report(llama, caches, kind, len(ids) + n - 1),
             "seconds": {"prefill": marks[1] - marks[0], "decode": marks[2] - marks[1]}}
 
 
@@ -525,8 +540,8 @@ def score(args, llama, tokens, kind, bases):
     start = time.perf_counter()
     with measuring(llama, bases if kind != "full" else []) as errors:
         nats, count = negative_log_likelihood(llama, tokens, context, make)
-    return {"perplexity": math.exp(min(700, nats / count)), "tokens": count, "errors": errors, "status": "ok",
-            "cache": shown[0],
+    return {"perplexity": math.exp(min(700, nats / count)), "tokens": count, "errors": errors,
+            "status": "ok", "cache": shown[0],
             "seconds": {"prefill": time.perf_counter() - start, "decode": 0.0}}
 
 
@@ -539,11 +554,15 @@ def hush(text):
 
 
 def bibranch_options(args, kind):
-    return {"sinks": args.sinks, "window": args.window, "bits": args.bits} if kind == "bibranch" else {}
+    """What only the bi-branch cache is told."""
+    wanted = {"sinks": args.sinks, "window": args.window, "bits": args.bits}
+    return wanted if kind == "bibranch" else {}
 
 
 def cache_report(llama, caches, kind, capacity):
-    return {"kind": kind, "bytes": sum(c.nbytes for c in caches), "full_bytes": full_bytes(llama, capacity)}
+    """Bytes of the buffers held, and of a full cache for as many tokens."""
+    return {"kind": kind, "bytes": sum(c.nbytes for c in caches),
+            "full_bytes": full_bytes(llama, capacity)}
 
 
 def run(args):
@@ -562,7 +581,8 @@ def run(args):
     runs = {kind: [] for kind in kinds}
     if args.perplexity:
         if args.context and args.context > llama.config.context:
-            raise model.UserError(f"--context {args.context} is beyond the model's {llama.config.context} positions")
+            raise model.UserError(f"--context {args.context} is beyond the model's "
+                                  f"{llama.config.context} positions")
         tokens = torch.tensor(tokenizer.encode(read_text(args.perplexity))[:args.max_tokens])
         if len(tokens) < 2:
             raise model.UserError(f"{args.perplexity} is too short to score")
@@ -573,7 +593,8 @@ def run(args):
         for kind in kinds:
             if not (quiet or args.chat) and sys.stdout.isatty():
                 print(prompt, end="", file=sys.stderr, flush=True)
-            runs[kind].append(speak(args, llama, tokenizer, prompt, kind, bases, hush if quiet else show))
+            write = hush if quiet else show
+            runs[kind].append(speak(args, llama, tokenizer, prompt, kind, bases, write))
     seconds = {"load": marks[1] - marks[0], "bases": marks[2] - marks[1]}
     report(args, plan, runs, seconds)
     return 130 if any(r["status"] == "interrupted" for rs in runs.values() for r in rs) else 0
@@ -581,10 +602,11 @@ def run(args):
 
 def plan_rows(plan, errors):
     """The plan as the table's and the JSON's rows: one dict a layer."""
-    return [{"layer": i, "log_kappa_k": k, "log_kappa_v": v, "log_kappa": k + v, "log_kappa_tilde": t,
-             "d_k": d_k, "d_v": d_v, "kept": (d_k + d_v) / (2 * plan.d_max)}
+    return [{"layer": i, "log_kappa_k": k, "log_kappa_v": v, "log_kappa": k + v,
+             "log_kappa_tilde": t, "d_k": d_k, "d_v": d_v, "kept": (d_k + d_v) / (2 * plan.d_max)}
             | ({"error_k": errors[i][0], "error_v": errors[i][1]} if errors else {})
-            for i, ((k, v), t, (d_k, d_v)) in enumerate(zip(plan.log_kappa, plan.log_tilde, plan.ranks))]
+            for i, ((k, v), t, (d_k, d_v))
+            in enumerate(zip(plan.log_kappa, plan.log_tilde, plan.ranks))]
 
 
 def size(n):
@@ -620,10 +642,11 @@ def report(args, plan, runs, seconds):
         c, s = r["cache"], r["seconds"]
         if "perplexity" in r:
             print(f"perplexity {r['perplexity']:.4f}")
-        say(f"{c['kind']} cache: {size(c['bytes'])} held ({c['bytes']:,} bytes), a full one would hold "
-            f"{size(c['full_bytes'])} ({c['full_bytes']:,}): {c['bytes'] / c['full_bytes']:.1%}")
-        say(f"{r['tokens']} tokens; seconds: load {seconds['load']:.2f}, bases {seconds['bases']:.2f}, "
-            f"prefill {s['prefill']:.2f}, decode {s['decode']:.2f}")
+        held, full = c["bytes"], c["full_bytes"]
+        say(f"{c['kind']} cache: {size(held)} held ({held:,} bytes), a full one would hold "
+            f"{size(full)} ({full:,}): {held / full:.1%}")
+        say(f"{r['tokens']} tokens; seconds: "
+            + ", ".join(f"{what} {spent:.2f}" for what, spent in (seconds | s).items()))
         if r["status"] == "context":
             say("stopped at the model's context: it was made for no more positions")
 
@@ -634,18 +657,19 @@ def as_json(args, runs, rows, seconds):
         texts = [r["text"] for r in results if "text" in r]
         found = {"text": texts[0] if len(texts) == 1 else texts} if texts else {}
         found |= {"perplexity": r["perplexity"] for r in results if "perplexity" in r}
-        return {"cache": max((r["cache"] for r in results), key=lambda c: c["full_bytes"])} | found | {
-            "tokens": sum(r["tokens"] for r in results),
-            "seconds": seconds | {k: sum(r["seconds"][k] for r in results) for k in ("prefill", "decode")}}
+        largest = max((r["cache"] for r in results), key=lambda c: c["full_bytes"])
+        spent = {k: sum(r["seconds"][k] for r in results) for k in ("prefill", "decode")}
+        return {"cache": largest} | found | {"tokens": sum(r["tokens"] for r in results),
+                                             "seconds": seconds | spent}
     result = {"model": args.model, "plan": rows}
     if args.compare:
-        return result | {"compare": [one(results) for results in runs.values()], "agree": agreement(runs)}
+        return result | {"compare": [one(rs) for rs in runs.values()], "agree": agreement(runs)}
     results = runs[args.cache]
     return result | (one(results) if results else {"seconds": seconds})
 
 
 def agreement(runs):
-    """How many tokens of each prompt equal the full cache's before the first difference, per cache."""
+    """How many tokens of each prompt equal the full cache's before the first difference."""
     def same(a, b):
         return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
     return {kind: [same(r["ids"], f["ids"]) for r, f in zip(results, runs["full"]) if "ids" in r]
@@ -663,8 +687,8 @@ def print_plan(rows, plan, errors, to):
     print(f"kept {plan.kept:.4f} of the full cache's numbers (d_max {plan.d_max})", file=to)
     worst = max((max(e) for e in errors), default=0)
     if worst > 0.3:
-        print(f"On this text the worst layer loses {worst:.0%} of its keys or values: do not trust what "
-              "the model says. --cache bibranch with --calibrate FILE repairs most of it.", file=to)
+        print(f"On this text the worst layer loses {worst:.0%} of its keys or values: do not trust "
+              "the output. --cache bibranch --calibrate FILE repair most of it.", file=to)
 
 
 def print_comparison(runs):

@@ -8,11 +8,12 @@ Reading order, bottom up:
     load        a Hugging Face folder -> Llama, tensor by tensor
     Tokenizer   text <-> tokens, the model's own chat template, its end tokens
 
-        tokens -> embed -> [ norm -> Wq, Wk, Wv -> cache.attend -> Wo -> + -> norm -> MLP -> + ] -> head
-                           \______________________________ x L ______________________________/
+    tokens -> embed -> [ norm -> Wq, Wk, Wv -> cache.attend -> Wo -> + -> norm -> MLP -> + ] -> head
+                       \______________________________ x L ______________________________/
 
-Does NOT include: training, dropout, biases, sliding windows, mixtures of experts, quantized weights.
-A checkpoint that asks for one of these is refused by name; nothing it says is ignored.
+Does NOT include: training, dropout, biases, sliding windows, mixtures of experts,
+quantized weights. A checkpoint that asks for one of these is refused by name; nothing it says is
+ignored.
 """
 import json
 import re
@@ -57,8 +58,9 @@ class Config:
 # Reading config.json -----------------------------------------------------------------------------
 
 HF_CONFIG = {"vocab": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
-             "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
-             "mlp": "intermediate_size", "context": "max_position_embeddings"}
+             "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
+             "head_dim": "head_dim", "mlp": "intermediate_size",
+             "context": "max_position_embeddings"}
 ROPE_NUMBERS = {"default": (), "linear": ("factor",),
                 "llama3": ("factor", "low_freq_factor", "high_freq_factor",
                            "original_max_position_embeddings")}
@@ -86,12 +88,13 @@ def number(raw: dict, key: str, kind=int, default=None):
     if kind is float and type(value) is int:
         value = float(value) if value < 1e30 else None
     if type(value) is not kind or not 0 < value < 1e30 or (kind is int and value >= 2**31):
-        raise UserError(f"config.json: {key} should be a positive {kind.__name__}, not {value!r:.40}")
+        raise UserError(f"config.json: {key} should be a positive {kind.__name__}, "
+                        f"not {value!r:.40}")
     return value
 
 
 def read_rope(raw: dict) -> dict:
-    """RoPE's type and numbers, in either spelling: rope_theta + rope_scaling, or rope_parameters."""
+    """RoPE's type and numbers in either spelling: rope_theta + rope_scaling, or rope_parameters."""
     given = {}
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(raw.get(key) or {}, dict):
@@ -104,7 +107,8 @@ def read_rope(raw: dict) -> dict:
     if given.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
         raise UserError("config.json asks for a partial rotation, which is not computed here")
     given.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
-    theta = number({"rope_theta": given.get("rope_theta", raw.get("rope_theta"))}, "rope_theta", float, 1e4)
+    theta = number({"rope_theta": given.get("rope_theta", raw.get("rope_theta"))},
+                   "rope_theta", float, 1e4)
     return {"type": kind, "theta": theta} | {k: number(given, k, float) for k in ROPE_NUMBERS[kind]}
 
 
@@ -112,27 +116,31 @@ def read_config(folder: Path) -> Config:
     """config.json as a Config. Raises UserError for whatever we would have to ignore."""
     raw = read_json(folder / "config.json")
     if raw.get("model_type") not in ("llama", "mistral"):
-        raise UserError(f"{folder} holds a {raw.get('model_type')!r:.40} model; llama and mistral are read here")
+        raise UserError(f"{folder} holds a {raw.get('model_type')!r:.40} model; "
+                        "llama and mistral are read here")
     for key, what in NOT_COMPUTED.items():
         if raw.get(key):
             raise UserError(f"config.json asks for {what} ({key}), which is not computed here")
     if raw.get("hidden_act", "silu") != "silu":
-        raise UserError(f"config.json asks for the activation {raw['hidden_act']!r:.40}; only silu is computed here")
+        raise UserError(f"config.json asks for the activation {raw['hidden_act']!r:.40}; "
+                        "only silu is computed here")
     heads = number(raw, "num_attention_heads")
-    implied = {"kv_heads": heads, "head_dim": max(1, number(raw, "hidden_size") // heads), "context": 2048}
-    shape = {ours: number(raw, theirs, default=implied.get(ours)) for ours, theirs in HF_CONFIG.items()}
+    implied = {"kv_heads": heads, "head_dim": max(1, number(raw, "hidden_size") // heads),
+               "context": 2048}
+    shape = {ours: number(raw, theirs, default=implied.get(ours))
+             for ours, theirs in HF_CONFIG.items()}
     config = Config(**shape, eps=number(raw, "rms_norm_eps", float, 1e-6),
                     tied=raw.get("tie_word_embeddings") is True, rope=read_rope(raw))
     if config.heads % config.kv_heads or config.head_dim % 2:
-        raise UserError(f"config.json: {config.heads} query heads must be a multiple of {config.kv_heads} "
-                        f"KV heads, and head_dim {config.head_dim} must be even")
+        raise UserError(f"config.json: {config.heads} query heads must be a multiple of "
+                        f"{config.kv_heads} KV heads, and head_dim {config.head_dim} must be even")
     return config
 
 
 # The forward pass --------------------------------------------------------------------------------
 
 class Rope:
-    """Rotary position embedding, R_n of Eq. 20: the pair (j, j + d/2) of a head turns by n * frequency_j.
+    """Rotary position embedding R_n of Eq. 20: a head's pair (j, j + d/2) turns by n * frequency_j.
 
     The only place where anything is rotated. Tables hold cos and sin with the sign of the rotation
     folded into sin, so that a rotation is two products and a sum.
@@ -142,20 +150,20 @@ class Rope:
         self.config, self.cos, self.sin = config, torch.empty(0), torch.empty(0)
 
     def frequencies(self, dtype) -> torch.Tensor:
-        """Radians per position of each pair of components, (d/2,); linear and llama3 scaling applied."""
+        """Radians per position of each component pair (d/2,); linear and llama3 scaling applied."""
         d, rope = self.config.head_dim, self.config.rope
         freq = 1.0 / rope["theta"] ** (torch.arange(0, d, 2, dtype=torch.int64).to(dtype) / d)
         if rope["type"] == "linear":
             freq = freq / rope["factor"]
-        if rope["type"] == "llama3":     # long waves are slowed by `factor`, short ones kept, blended between
+        if rope["type"] == "llama3":  # long waves slowed by `factor`, short kept, blended between
             turns = rope["original_max_position_embeddings"] * freq / (2 * torch.pi)
-            keep = (turns - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
-            keep = keep.clamp(0, 1)
+            low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+            keep = ((turns - low) / (high - low)).clamp(0, 1)
             freq = keep * freq + (1 - keep) * freq / rope["factor"]
         return freq
 
     def reserve(self, length: int, like: torch.Tensor) -> None:
-        """Make the tables long enough for positions 0 .. length-1, in like's dtype and on its device."""
+        """Make the tables long enough for positions 0 .. length-1, with like's dtype and device."""
         if length > len(self.cos) or self.cos.dtype != like.dtype or self.cos.device != like.device:
             wide = torch.float64 if like.dtype == torch.float64 else torch.float32
             angle = torch.outer(torch.arange(length, dtype=wide), self.frequencies(wide))
@@ -170,7 +178,7 @@ class Rope:
 
 
 class Attention(nn.Module):
-    """Multi-head and grouped-query attention (Eqs. 1-3, Sec. 4.3); the softmax lives in the cache."""
+    """Multi-head and grouped-query attention (Eqs. 1-3, Sec. 4.3); softmax lives in the cache."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -183,7 +191,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cache, rope):
         q, k, v = (W(x).unflatten(-1, self.heads) for W in (self.Wq, self.Wk, self.Wv))
-        return self.Wo(cache.attend(q, k, v, rope).flatten(2))     # q (B, T, H, d), k and v (B, T, G, d)
+        return self.Wo(cache.attend(q, k, v, rope).flatten(2))  # q (B, T, H, d); k, v (B, T, G, d)
 
 
 class MLP(nn.Module):
@@ -226,7 +234,7 @@ class Llama(nn.Module):
             self.head.weight = self.embed.weight
 
     def hidden(self, tokens, caches):
-        """tokens (B, T), which follow what the caches hold -> last hidden states (B, T, D), normed."""
+        """tokens (B, T) following what the caches hold -> last hidden states (B, T, D), normed."""
         x = self.embed(tokens)                                     # (B, T, D)
         self.rope.reserve(caches[0].capacity, x)
         for layer, cache in zip(self.layers, caches, strict=True):
@@ -240,17 +248,19 @@ class Llama(nn.Module):
 
 # Reading weights ---------------------------------------------------------------------------------
 
-HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "model.safetensors.index.json",
-             "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
-HF_NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head", "layers": "model.layers",
-            "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "attn": "self_attn",
+HUB_FILES = ["config.json", "generation_config.json", "*.safetensors",
+             "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+             "chat_template.jinja"]
+HF_NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
+            "layers": "model.layers", "attn_norm": "input_layernorm",
+            "mlp_norm": "post_attention_layernorm", "attn": "self_attn",
             "Wq": "q_proj", "Wk": "k_proj", "Wv": "v_proj", "Wo": "o_proj",
             "mlp": "mlp", "gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def hf_name(name: str) -> str:
-    """Our parameter's name in a Hugging Face file: layers.0.attn.Wk.weight -> model.layers.0.self_attn.k_proj..."""
+    """Our parameter's Hugging Face name: layers.0.attn.Wk -> model.layers.0.self_attn.k_proj."""
     return ".".join(HF_NAMES.get(part, part) for part in name.split("."))
 
 
@@ -268,7 +278,8 @@ def find_tensors(folder: Path) -> dict[str, Path]:
         raise UserError(f"{index} has no weight_map")
     for shard in set(map(str, names.values())):
         if Path(shard).name != shard or not (folder / shard).is_file():
-            raise UserError(f"{index.name} names the shard {shard!r:.80}, which is not a file in {folder}")
+            raise UserError(f"{index.name} names the shard {shard!r:.80}, "
+                            f"which is not a file in {folder}")
     return {name: folder / shard for name, shard in names.items()}
 
 
@@ -290,29 +301,45 @@ def read_tensor(path: Path, name: str, shape, dtype, device) -> torch.Tensor:
         with safe_open(path, "pt") as f:
             part = f.get_slice(name)
             if part.get_dtype() not in DTYPES:
-                raise UserError(f"{path.name}: {name} is stored as {part.get_dtype()}; quantized weights are not read here")
+                raise UserError(f"{path.name}: {name} is stored as {part.get_dtype()}; "
+                                "quantized weights are not read here")
             if tuple(part.get_shape()) != tuple(shape):
-                raise UserError(f"{path.name}: {name} has shape {tuple(part.get_shape())}, config.json implies {tuple(shape)}")
+                raise UserError(f"{path.name}: {name} has shape {tuple(part.get_shape())}, "
+                                f"config.json implies {tuple(shape)}")
             tensor = torch.empty(shape, dtype=dtype, device=device)
             if tensor.device.type == "cpu" and len(shape) == 2 and shape[0] > shape[1]:
-                tensor = tensor.view(shape[1], shape[0]).t()     # a CPU multiplies fastest along long rows
+                tensor = tensor.view(shape[1], shape[0]).t()  # a CPU multiplies long rows fastest
             tensor.copy_(f.get_tensor(name))
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path} cannot be read: {e}") from None
     if not torch.isfinite(tensor.sum(dtype=torch.float32)):
-        raise UserError(f"{path.name}: {name} holds NaN or infinite numbers in {str(tensor.dtype)[6:]}")
+        raise UserError(f"{path.name}: {name} holds NaN or infinite numbers "
+                        f"in {str(tensor.dtype)[6:]}")
     return tensor
 
 
 def find_model(name: str) -> Path:
-    """The folder of a checkpoint: `name` itself, or what the Hub has under that id. Raises UserError."""
+    """A checkpoint's folder: `name` itself, or what the Hub has under that id. Raises UserError."""
     if Path(name).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         return Path(name)
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as e:
-        raise UserError(f"{name} is no folder here, and the Hub says: {str(e).strip().splitlines()[0]}") from None
+        raise UserError(f"{name} is no folder here, and the Hub says: "
+                        f"{str(e).strip().splitlines()[0]}") from None
+
+
+def check_names(folder: Path, files: dict, wanted: dict, tied: bool) -> None:
+    """Raises UserError when a tensor is missing, or is there and nothing here computes with it."""
+    ignorable = re.compile(r"rotary_emb\.inv_freq$" + (r"|^lm_head\.weight$" if tied else ""))
+    for name in files.keys() - {hf_name(n) for n in wanted}:
+        if not ignorable.search(name):
+            raise UserError(f"{folder} holds the tensor {name!r:.80}, "
+                            "which nothing here computes with")
+    for name in wanted:
+        if hf_name(name) not in files:
+            raise UserError(f"{folder} lacks the tensor {hf_name(name)}")
 
 
 def load(folder, dtype=None, device="cpu") -> Llama:
@@ -328,18 +355,13 @@ def load(folder, dtype=None, device="cpu") -> Llama:
     with torch.device("meta"):
         model = Llama(config)
     wanted = {name: p.shape for name, p in model.named_parameters()}
-    ignorable = re.compile(r"rotary_emb\.inv_freq$" + (r"|^lm_head\.weight$" if config.tied else ""))
-    for name in files.keys() - {hf_name(n) for n in wanted}:
-        if not ignorable.search(name):
-            raise UserError(f"{folder} holds the tensor {name!r:.80}, which nothing here computes with")
-    for name in wanted:
-        if hf_name(name) not in files:
-            raise UserError(f"{folder} lacks the tensor {hf_name(name)}")
+    check_names(folder, files, wanted, config.tied)
     if dtype is None:
         with safe_open(files[hf_name("embed.weight")], "pt") as f:
             dtype = DTYPES.get(f.get_slice(hf_name("embed.weight")).get_dtype())
     state = {name: read_tensor(files[hf_name(name)], hf_name(name), shape, dtype, device)
-             for name, shape in tqdm(wanted.items(), "loading", unit=" tensors", leave=False, disable=None)}
+             for name, shape in tqdm(wanted.items(), "loading", unit=" tensors",
+                                     leave=False, disable=None)}
     if config.tied:
         state["head.weight"] = state["embed.weight"]
     model.load_state_dict(state, assign=True)
@@ -351,7 +373,7 @@ def load(folder, dtype=None, device="cpu") -> Llama:
 # Text --------------------------------------------------------------------------------------------
 
 class Tokenizer:
-    """Text <-> tokens, as the checkpoint's own files say: tokenizer.json, chat template, end tokens."""
+    """Text <-> tokens by the checkpoint's own files: tokenizer.json, chat template, end tokens."""
 
     def __init__(self, folder, config: Config):
         folder, self.config = Path(folder), config
@@ -363,8 +385,10 @@ class Tokenizer:
         optional = {n: read_json(folder / n) if (folder / n).exists() else {}
                     for n in ("tokenizer_config.json", "generation_config.json")}
         self.options = optional["tokenizer_config.json"]
-        ends = [c.get("eos_token_id") for c in (read_json(folder / "config.json"), *optional.values())]
-        self.ends = {e for end in ends for e in (end if isinstance(end, list) else [end]) if type(e) is int}
+        ends = [c.get("eos_token_id")
+                for c in (read_json(folder / "config.json"), *optional.values())]
+        self.ends = {e for end in ends for e in (end if isinstance(end, list) else [end])
+                     if type(e) is int}
         self.template = self.options.get("chat_template")
         if (folder / "chat_template.jinja").exists():
             self.template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
@@ -372,7 +396,7 @@ class Tokenizer:
             self.template = {t.get("name"): t.get("template") for t in self.template}.get("default")
 
     def special(self, name: str) -> str | None:
-        """The text of bos_token or eos_token, which tokenizer_config.json gives as text or as an object."""
+        """The text of bos_token or eos_token, in tokenizer_config.json as text or an object."""
         token = self.options.get(name)
         return token.get("content") if isinstance(token, dict) else token
 
@@ -382,11 +406,13 @@ class Tokenizer:
             ids = self.fast.encode(text, add_special_tokens=special).ids
         except (UnicodeEncodeError, TypeError):
             raise UserError("the text is not valid Unicode") from None
-        bos, wish = self.fast.token_to_id(self.special("bos_token") or ""), self.options.get("add_bos_token")
+        bos = self.fast.token_to_id(self.special("bos_token") or "")
+        wish = self.options.get("add_bos_token")
         if special and bos is not None and isinstance(wish, bool) and wish != (ids[:1] == [bos]):
             ids = [bos, *ids] if wish else ids[1:]
         if max(ids, default=0) >= self.config.vocab:
-            raise UserError(f"tokenizer.json gives token {max(ids)}, config.json has vocab_size {self.config.vocab}")
+            raise UserError(f"tokenizer.json gives token {max(ids)}, "
+                            f"config.json has vocab_size {self.config.vocab}")
         return ids
 
     def chat(self, text: str) -> list[int]:
@@ -399,15 +425,18 @@ class Tokenizer:
             raise UserError(f"the chat template says: {message}")
         env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         env.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
-        env.globals |= {"raise_exception": refuse, "strftime_now": lambda f: datetime.now().strftime(f)}
+        env.globals |= {"raise_exception": refuse,
+                        "strftime_now": lambda f: datetime.now().strftime(f)}
         try:
             rendered = env.from_string(self.template).render(
-                messages=[{"role": "user", "content": text}], add_generation_prompt=True, tools=None,
-                bos_token=self.special("bos_token") or "", eos_token=self.special("eos_token") or "")
+                messages=[{"role": "user", "content": text}], add_generation_prompt=True,
+                tools=None, bos_token=self.special("bos_token") or "",
+                eos_token=self.special("eos_token") or "")
         except UserError:
             raise
         except Exception as e:                      # a template can fail in any way that code can
-            raise UserError(f"the chat template cannot be rendered: {type(e).__name__}: {e}") from None
+            raise UserError("the chat template cannot be rendered: "
+                            f"{type(e).__name__}: {e}") from None
         return self.encode(rendered, special=False)
 
 
@@ -427,5 +456,5 @@ class Stream:
         return text
 
     def rest(self) -> str:
-        """What is still held back: decoded after the tokens before it, because spaces depend on them."""
+        """What is still held back: decoded after the tokens before it, as spaces depend on them."""
         return self.decode(self.last + self.new)[len(self.decode(self.last)):]

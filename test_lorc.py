@@ -456,6 +456,12 @@ def test_algorithm_1_leaves_layers_above_the_threshold_and_the_first_ones_whole(
     assert lorc.lorc(small, d_min=4, schedule="uniform")[0].ranks == [(4, 4), (4, 4)]
 
 
+def test_split_moves_rank_from_keys_to_values():
+    """d_max 10, d_min 6, a fifth moved: 4 and 8; what would leave [1, d_max] is cut off."""
+    assert lorc.ranks([2.0, 1.0], [False, True], 10, 6, "uniform", 0.2) == [(4, 8), (10, 10)]
+    assert lorc.ranks([2.0], [False], 10, 6, "uniform", -0.5) == [(10, 1)]
+
+
 def plan_threshold(llama):
     """Between ln kappa~_1 and ln kappa~_2."""
     return sum(lorc.lorc(llama, d_min=1)[0].log_tilde) / 2
@@ -741,7 +747,7 @@ def test_the_loss_falls_from_svd_to_asvd_to_fine_tuned_to_the_closed_form(real):
         M = W - up @ (down @ W)
         return torch.trace(M @ C @ M.T)
     svd, asvd, best = (loss(*lorc.basis(W, d_c, c)) for c in (None, s, C))
-    A, B = (x.clone().requires_grad_() for x in lorc.basis(W, d_c, s))
+    A, B = (x.contiguous().requires_grad_() for x in lorc.basis(W, d_c, s))
     with torch.enable_grad():
         tuner = torch.optim.LBFGS([A, B], max_iter=100, line_search_fn="strong_wolfe")
 

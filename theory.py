@@ -6,10 +6,10 @@
                         theorem_3            corrected
                         theorem_3_a_priori   the same from ||x|| alone: no layer is special [E12]
     in expectation      expected_error       the closed form of CSKV's fine-tuning [E30]
-    one attention       attention_bound      keys and values compressed together, RoPE and softmax included
+    one attention       attention_bound      K and V compressed together, RoPE and softmax included
     Eqs. 18, 19, Fig. 4 reconstruction_error relative, Frobenius; its square is the tail energy
 
-Everything is float64, and every compressed matrix is W~ = U U^T W with the basis that lorc.py ships.
+Everything is float64; every compressed matrix is W~ = U U^T W with the basis that lorc.py ships.
 SwiGLU is a product and not Lipschitz [E15]: Thms. 2 and 3 say nothing about a whole LLaMA block.
 
     python theory.py [--model PATH] [--kept F]        bound against measured error, layer by layer
@@ -74,13 +74,14 @@ def after(Ws, i):
 
 
 def theorem_3_printed(Ws, ks, L_phi):
-    """Eq. 16 term by term, as printed. It does not mention the input at all, so it cannot hold [E11]."""
+    """Eq. 16 term by term, as printed. It does not mention the input, so it cannot hold [E11]."""
     L = len(Ws)
-    return [sigma(W, k + 1) * L_phi ** (L - 1 - i) * after(Ws, i) for i, (W, k) in enumerate(zip(Ws, ks))]
+    return [sigma(W, k + 1) * L_phi ** (L - 1 - i) * after(Ws, i)
+            for i, (W, k) in enumerate(zip(Ws, ks))]
 
 
 def theorem_3(Ws, ks, L_phi, x_tilde):
-    """Thm. 3 corrected, term by term: L_phi^(L-i+1) sigma_{k_i+1} ||x~_{i-1}|| prod_{j>i} ||W_j|| [E11].
+    """Thm. 3 corrected, term i: L_phi^(L-i+1) sigma_{k_i+1} ||x~_{i-1}|| prod_{j>i} ||W_j|| [E11].
 
     x_tilde: x~_0, ..., x~_L of the compressed network. Proof: App. A.2's own inductive step,
     ||x_i - x~_i|| <= L_phi (||W_i|| ||x_{i-1} - x~_{i-1}|| + sigma_{k_i+1} ||x~_{i-1}||), unrolled.
@@ -91,10 +92,10 @@ def theorem_3(Ws, ks, L_phi, x_tilde):
 
 
 def theorem_3_a_priori(Ws, ks, L_phi, x):
-    """Thm. 3 without looking at x~: L_phi^L ||x|| sigma_{k_i+1} prod_{j != i} ||W_j||, for phi(0) = 0 [E12].
+    """Thm. 3 without x~: L_phi^L ||x|| sigma_{k_i+1} prod_{j != i} ||W_j||, for phi(0) = 0 [E12].
 
-    Because ||x~_{i-1}|| <= L_phi^(i-1) ||x|| prod_{j<i} ||W_j||. The product is the same for every layer
-    but for its own ||W_i||: nothing here says that shallow layers matter more.
+    Because ||x~_{i-1}|| <= L_phi^(i-1) ||x|| prod_{j<i} ||W_j||. The product is the same for every
+    layer but for its own ||W_i||: nothing here says that shallow layers matter more.
     """
     whole = L_phi ** len(Ws) * norm(x)
     return [whole * sigma(W, k + 1) * after(Ws, i) * math.prod(norm(V) for V in Ws[:i])
@@ -104,12 +105,13 @@ def theorem_3_a_priori(Ws, ks, L_phi, x):
 # In expectation ----------------------------------------------------------------------------------
 
 def expected_error(W, k, C):
-    """E ||W x - U U^T W x||^2 for inputs with E[x x^T] = C: the sum of the dropped eigenvalues of W C W^T.
+    """E ||W x - U U^T W x||^2 for inputs with E[x x^T] = C: sum of dropped eigenvalues of W C W^T.
 
-    And no map M of rank k does better. Proof: E||W x - M x||^2 = ||(W - M) C^(1/2)||_F^2, and M C^(1/2)
-    has rank at most k, so by Eckart and Young this is at least the sum of the dropped sigma^2 of
-    W C^(1/2), which are the dropped eigenvalues of W C W^T. M = U U^T W attains it, since
-    tr((I - U U^T) W C W^T) is that sum. So CSKV's layer-wise fine-tuning has this for its optimum [E30].
+    And no map M of rank k does better. Proof: E||W x - M x||^2 = ||(W - M) C^(1/2)||_F^2, and
+    M C^(1/2) has rank at most k, so by Eckart and Young this is at least the sum of the dropped
+    sigma^2 of W C^(1/2), which are the dropped eigenvalues of W C W^T. M = U U^T W attains it,
+    since tr((I - U U^T) W C W^T) is that sum. So CSKV's layer-wise fine-tuning has this for its
+    optimum [E30].
     """
     return lorc.spectrum(W, C)[0][k:].sum().item()
 
@@ -117,12 +119,12 @@ def expected_error(W, k, C):
 # One attention layer -----------------------------------------------------------------------------
 
 def softmax_bound(delta):
-    """Bound on ||softmax(s) - softmax(s')||_1 where |s_n - s'_n| <= delta for all n: 2 tanh(delta / 2).
+    """Bound on ||softmax(s) - softmax(s')||_1 where all |s_n - s'_n| <= delta: 2 tanh(delta / 2).
 
-    Proof: the change is largest in total variation for a set of mass P that gains delta while the rest
-    loses it: its log-odds move by 2 delta, and logistic(a + 2 delta) - logistic(a) is largest at
-    a = -delta, where it is tanh(delta / 2). It is below delta (softmax is 1-Lipschitz from l_inf to
-    l_1) and below 2, and attained by two scores.
+    Proof: the change is largest in total variation for a set of mass P that gains delta while the
+    rest loses it: its log-odds move by 2 delta, and logistic(a + 2 delta) - logistic(a) is largest
+    at a = -delta, where it is tanh(delta / 2). It is below delta (softmax is 1-Lipschitz from l_inf
+    to l_1) and below 2, and attained by two scores.
     """
     return 2 * torch.tanh(delta / 2)
 
@@ -130,13 +132,13 @@ def softmax_bound(delta):
 def attention_bound(q_norm, x_norm, e_k, e_v, radius, p_tilde, d):
     """Bound on ||o - o~|| of one query and head, keys and values compressed together.
 
-    q_norm ||q||; x_norm (S,) ||x_n||; e_k, e_v the spectral norms of this head's rows of W - W~, at most
-    sigma_{d_c+1} of Wk and of Wv (Thm. 1); radius max_n ||v_n - c|| for any c (here c = o);
+    q_norm ||q||; x_norm (S,) ||x_n||; e_k, e_v the spectral norms of this head's rows of W - W~, at
+    most sigma_{d_c+1} of Wk and of Wv (Thm. 1); radius max_n ||v_n - c|| for any c (here c = o);
     p_tilde (S,) the compressed weights. All may have leading axes.
 
-    Proof: o - o~ = sum (p_n - p~_n)(v_n - c) + sum p~_n (v_n - v~_n), because p - p~ sums to zero. The
-    scores move by at most ||q|| ||k_n - k~_n|| / sqrt(d) <= ||q|| e_k ||x_n|| / sqrt(d), rotation being an
-    isometry; softmax_bound gives ||p - p~||_1; and ||v_n - v~_n|| <= e_v ||x_n||.
+    Proof: o - o~ = sum (p_n - p~_n)(v_n - c) + sum p~_n (v_n - v~_n), because p - p~ sums to zero.
+    The scores move by at most ||q|| ||k_n - k~_n|| / sqrt(d) <= ||q|| e_k ||x_n|| / sqrt(d),
+    rotation being an isometry; softmax_bound gives ||p - p~||_1; and ||v_n - v~_n|| <= e_v ||x_n||.
     """
     delta = q_norm * e_k * x_norm.amax(-1) / math.sqrt(d)
     return softmax_bound(delta) * radius + e_v * (p_tilde * x_norm).sum(-1)
@@ -145,7 +147,8 @@ def attention_bound(q_norm, x_norm, e_k, e_v, radius, p_tilde, d):
 # App. B ------------------------------------------------------------------------------------------
 
 def reconstruction_error(W, k):
-    """||W - W~||_F / ||W||_F: Eqs. 18, 19, Fig. 4. Its square is the tail energy sum_{i>k} sigma_i^2 / sum."""
+    """||W - W~||_F / ||W||_F: Eqs. 18, 19, Fig. 4.
+    Its square is the tail energy sum_{i>k} sigma_i^2 / sum."""
     return ((W - compressed(W, k)).norm() / W.norm()).item()
 
 
@@ -154,7 +157,8 @@ def reconstruction_error(W, k):
 def layer_inputs(llama, tokens):
     """x (T, D) that Wk and Wv of each layer are given, in float64."""
     xs = []
-    hooks = [layer.attn.Wk.register_forward_pre_hook(lambda m, inputs: xs.append(inputs[0][0].double()))
+    hooks = [layer.attn.Wk.register_forward_pre_hook(
+                 lambda m, inputs: xs.append(inputs[0][0].double()))
              for layer in llama.layers]
     llama.hidden(tokens, lorc.new_caches(llama, "full", tokens.shape[1]))
     for hook in hooks:
@@ -166,7 +170,8 @@ def own_text(llama, prompt, length=512):
     """Tokens (1, T): the prompt and what the model draws after it, at temperature 1, seed 0."""
     n = min(length, llama.config.context) - len(prompt)
     start = torch.tensor([prompt])
-    new = lorc.generate(llama, lorc.new_caches(llama, "full", len(prompt) + n), start, n, temperature=1.0)
+    caches = lorc.new_caches(llama, "full", len(prompt) + n)
+    new = lorc.generate(llama, caches, start, n, temperature=1.0)
     return torch.cat((start, torch.tensor([list(new)])), 1)
 
 
@@ -176,30 +181,32 @@ def attention_error_and_bound(llama, attn, x, pair):
     rope, at = model.Rope(llama.config), slice(0, T)
     rope.reserve(T, x)
     Wq, Wk, Wv = (W.weight.double() for W in (attn.Wq, attn.Wk, attn.Wv))
-    lost = [W - W_tilde for W, W_tilde in ((Wk, compressed(Wk, pair[0].d_c)), (Wv, compressed(Wv, pair[1].d_c)))]
-    e_k, e_v = (torch.linalg.matrix_norm(W.unflatten(0, (G, d)), 2).repeat_interleave(H // G) for W in lost)
+    lost = [W - compressed(W, b.d_c) for W, b in zip((Wk, Wv), pair)]
+    e_k, e_v = (torch.linalg.matrix_norm(W.unflatten(0, (G, d)), 2).repeat_interleave(H // G)
+                for W in lost)
+    seen = torch.ones(T, T, dtype=torch.bool).tril()[:, None]
 
     def heads(W, n):
         return (x @ W.T).unflatten(-1, (n, d))[None]
 
     def attend(Wk, Wv):
         q, k = rope(heads(Wq, H), at), rope(heads(Wk, G), at)
-        s = torch.einsum("tgrd,sgd->tgrs", q[0].unflatten(1, (G, -1)), k[0]).flatten(1, 2) / math.sqrt(d)
-        p = s.masked_fill(~torch.ones(T, T, dtype=torch.bool).tril()[:, None], -torch.inf).softmax(-1)
+        s = torch.einsum("tgrd,sgd->tgrs", q[0].unflatten(1, (G, -1)), k[0]).flatten(1, 2)
+        p = (s / math.sqrt(d)).masked_fill(~seen, -torch.inf).softmax(-1)
         v = heads(Wv, G)[0].repeat_interleave(H // G, 1)                       # (S, H, d)
         return q[0], v, p, torch.einsum("ths,shd->thd", p, v)
     q, v, _, o = attend(Wk, Wv)
     _, _, p_tilde, o_tilde = attend(Wk - lost[0], Wv - lost[1])
     far = torch.cdist(o.transpose(0, 1), v.transpose(0, 1)).transpose(0, 1)     # (T, H, S)
-    seen = torch.ones(T, T, dtype=torch.bool).tril()[:, None]
     x_norm = x.norm(dim=-1).expand(T, 1, T) * seen
     bound = attention_bound(q.norm(dim=-1), x_norm, e_k, e_v, (far * seen).amax(-1), p_tilde, d)
     return (o - o_tilde).norm(dim=-1), bound
 
 
 def table(llama, tokens, kept):
-    """One row a layer: worst error / bound of Thm. 1 for K and V, mean square against the expectation's
-    closed form, the attention bound (worst, median), Fig. 4's error of K and V. Ratios, at most 1."""
+    """One row a layer: worst error / bound of Thm. 1 for K and V, mean square against the
+    expectation's closed form, the attention bound (worst, median), Fig. 4's error of K and V.
+    Ratios, at most 1."""
     plan, bases = lorc.lorc(llama, kept=kept)
     for i, (x, pair, layer) in enumerate(zip(layer_inputs(llama, tokens), bases, llama.layers)):
         if pair is None:
@@ -208,26 +215,31 @@ def table(llama, tokens, kept):
         Ws = [layer.attn.Wk.weight.double(), layer.attn.Wv.weight.double()]
         for W, b in zip(Ws, pair):
             error = (x @ (W - compressed(W, b.d_c)).T).norm(dim=-1)
-            row.append((error / (sigma(W, b.d_c + 1) * x.norm(dim=-1)).clamp(min=1e-300)).max().item())
+            bound = sigma(W, b.d_c + 1) * x.norm(dim=-1)
+            row.append((error / bound.clamp(min=1e-300)).max().item())
         C = x.T @ x / len(x)
         best = (x @ (Ws[1] - compressed(Ws[1], pair[1].d_c, C)).T).square().sum(-1).mean()
         closed = expected_error(Ws[1], pair[1].d_c, C)
-        row.append(best.item() / closed if closed > 1e-9 * torch.trace(Ws[1] @ C @ Ws[1].T) else math.nan)
+        total = torch.trace(Ws[1] @ C @ Ws[1].T)
+        row.append(best.item() / closed if closed > 1e-9 * total else math.nan)
         error, bound = attention_error_and_bound(llama, layer.attn, x, pair)
         ratio = error / bound.clamp(min=1e-300)
-        yield [*row, ratio.max().item(), ratio.median().item(), *(reconstruction_error(W, b.d_c) for W, b in zip(Ws, pair))]
+        yield [*row, ratio.max().item(), ratio.median().item(),
+               *(reconstruction_error(W, b.d_c) for W, b in zip(Ws, pair))]
 
 
 def square_net(llama):
-    """A net in the theorem's own shape, of real numbers: the first G*d columns of each layer's Wk."""
+    """A net in the theorem's shape, of real numbers: the first G*d columns of each layer's Wk."""
     return [layer.attn.Wk.weight.double()[:, :llama.config.kv_width] for layer in llama.layers]
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="Bound against measured error on a checkpoint's own activations.")
+    p = argparse.ArgumentParser(
+        description="Bound against measured error on a checkpoint's own activations.")
     p.add_argument("--model", default=str(model.Path(__file__).resolve().parent / "tiny"))
     p.add_argument("--kept", type=float, default=0.6)
-    p.add_argument("--prompt", default="Once upon a time", help="The model goes on from here, and its text is measured.")
+    p.add_argument("--prompt", default="Once upon a time",
+                   help="The model goes on from here, and its text is measured.")
     args = p.parse_args(argv)
     try:
         llama = model.load(model.find_model(args.model), torch.float32)
@@ -236,7 +248,8 @@ def main(argv=None):
             print("measured / bound           Thm. 1        in the mean  attention        Eq. 19")
             print("layer  d_c    worst K  worst V        V (equal)   worst  median    K      V")
             for i, d_c, k, v, mean, worst, median, fk, fv in table(llama, tokens, args.kept):
-                print(f"{i:5d} {d_c:4d}   {k:8.3f} {v:8.3f} {mean:16.6f} {worst:7.3f} {median:7.4f}  {fk:5.3f}  {fv:5.3f}")
+                print(f"{i:5d} {d_c:4d}   {k:8.3f} {v:8.3f} {mean:16.6f} "
+                      f"{worst:7.3f} {median:7.4f}  {fk:5.3f}  {fv:5.3f}")
             print_network(square_net(llama), args.kept)
     except model.UserError as e:
         print(f"theory: {e}", file=sys.stderr)
@@ -245,7 +258,7 @@ def main(argv=None):
 
 
 def print_network(Ws, kept):
-    """Thm. 3 on the net of real square blocks: as printed, corrected and a priori, for a small and a large input."""
+    """Thm. 3 on a real square-block net: printed, corrected, a priori; small and large input."""
     ks, (phi, L_phi) = [max(1, round(kept * len(W))) for W in Ws], PHI["silu"]
     direction = torch.linalg.svd(Ws[0])[2][ks[0]]
     for scale in (1.0, 1e6):
@@ -253,7 +266,8 @@ def print_network(Ws, kept):
         x_tilde = forward([compressed(W, k) for W, k in zip(Ws, ks)], x, phi)
         error = norm(forward(Ws, x, phi)[-1] - x_tilde[-1])
         print(f"Thm. 3 on {len(Ws)} real blocks, phi = SiLU, ||x|| = {scale:g}: error {error:.3g}; "
-              f"printed {sum(theorem_3_printed(Ws, ks, L_phi)):.3g}, corrected {sum(theorem_3(Ws, ks, L_phi, x_tilde)):.3g}, "
+              f"printed {sum(theorem_3_printed(Ws, ks, L_phi)):.3g}, "
+              f"corrected {sum(theorem_3(Ws, ks, L_phi, x_tilde)):.3g}, "
               f"a priori {sum(theorem_3_a_priori(Ws, ks, L_phi, x)):.3g}")
 
 
