@@ -709,7 +709,7 @@ def print_comparison(runs):
 
 
 def main(argv=None):
-    """The command line. Returns the exit status: 2 for what the user can mend, 130 after Ctrl-C."""
+    """The command line. Returns the status: 2 for what the user can mend, 130 after Ctrl-C."""
     parser = command_line()
     args = settle(parser, parser.parse_args(argv))
     try:
@@ -718,6 +718,9 @@ def main(argv=None):
             return run(args)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:                              # the reader, `| head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except model.UserError as e:
         print(f"lorc: {e}", file=sys.stderr)
         return 2
