@@ -12,8 +12,8 @@ Reading order, bottom up:
                        \______________________________ x L ______________________________/
 
 Does NOT include: training, dropout, biases, sliding windows, mixtures of experts,
-quantized weights. A checkpoint that asks for one of these is refused by name; nothing it says is
-ignored.
+quantized weights. A checkpoint that asks for one of these is refused by name; no tensor it
+holds is ignored.
 """
 import json
 import re
@@ -327,7 +327,7 @@ def find_model(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as e:
         raise UserError(f"{name} is no folder here, and the Hub says: "
-                        f"{str(e).strip().splitlines()[0]}") from None
+                        f"{str(e):.200}") from None
 
 
 def check_names(folder: Path, files: dict, wanted: dict, tied: bool) -> None:
@@ -382,6 +382,8 @@ class Tokenizer:
             self.fast = FastTokenizer.from_file(str(path))
         except Exception as e:                      # the library raises a bare Exception
             raise UserError(f"{path} cannot be read as a tokenizer: {e}") from None
+        self.fast.no_truncation()                   # settings of its training, not of the model
+        self.fast.no_padding()
         optional = {n: read_json(folder / n) if (folder / n).exists() else {}
                     for n in ("tokenizer_config.json", "generation_config.json")}
         self.options = optional["tokenizer_config.json"]
@@ -389,16 +391,28 @@ class Tokenizer:
                 for c in (read_json(folder / "config.json"), *optional.values())]
         self.ends = {e for end in ends for e in (end if isinstance(end, list) else [end])
                      if type(e) is int}
-        self.template = self.options.get("chat_template")
-        if (folder / "chat_template.jinja").exists():
-            self.template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        if isinstance(self.template, list):         # named templates: the one for plain chat
-            self.template = {t.get("name"): t.get("template") for t in self.template}.get("default")
+        self.template_file = folder / "chat_template.jinja"
 
-    def special(self, name: str) -> str | None:
+    def template(self) -> str:
+        """The chat template's text. Raises UserError when there is none."""
+        found = self.options.get("chat_template")
+        if isinstance(found, list):                 # named templates: the one for plain chat
+            found = next((t.get("template") for t in found
+                          if isinstance(t, dict) and t.get("name") == "default"), None)
+        try:
+            if self.template_file.exists():
+                found = self.template_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"{self.template_file} cannot be read: {e}") from None
+        if not isinstance(found, str):
+            raise UserError("this model has no chat template; leave out --chat")
+        return found
+
+    def special(self, name: str) -> str:
         """The text of bos_token or eos_token, in tokenizer_config.json as text or an object."""
         token = self.options.get(name)
-        return token.get("content") if isinstance(token, dict) else token
+        token = token.get("content") if isinstance(token, dict) else token
+        return token if isinstance(token, str) else ""
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; begins with BOS exactly when the tokenizer says so (and `special`)."""
@@ -406,7 +420,7 @@ class Tokenizer:
             ids = self.fast.encode(text, add_special_tokens=special).ids
         except (UnicodeEncodeError, TypeError):
             raise UserError("the text is not valid Unicode") from None
-        bos = self.fast.token_to_id(self.special("bos_token") or "")
+        bos = self.fast.token_to_id(self.special("bos_token"))
         wish = self.options.get("add_bos_token")
         if special and bos is not None and isinstance(wish, bool) and wish != (ids[:1] == [bos]):
             ids = [bos, *ids] if wish else ids[1:]
@@ -418,8 +432,6 @@ class Tokenizer:
     def chat(self, text: str) -> list[int]:
         """Token ids of one user message in the model's own chat template, rendered in a sandbox."""
         from jinja2.sandbox import ImmutableSandboxedEnvironment
-        if not isinstance(self.template, str):
-            raise UserError("this model has no chat template; leave out --chat")
 
         def refuse(message):
             raise UserError(f"the chat template says: {message}")
@@ -428,10 +440,10 @@ class Tokenizer:
         env.globals |= {"raise_exception": refuse,
                         "strftime_now": lambda f: datetime.now().strftime(f)}
         try:
-            rendered = env.from_string(self.template).render(
+            rendered = env.from_string(self.template()).render(
                 messages=[{"role": "user", "content": text}], add_generation_prompt=True,
-                tools=None, bos_token=self.special("bos_token") or "",
-                eos_token=self.special("eos_token") or "")
+                tools=None, bos_token=self.special("bos_token"),
+                eos_token=self.special("eos_token"))
         except UserError:
             raise
         except Exception as e:                      # a template can fail in any way that code can

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import find, given, settings, target
+from hypothesis import assume, find, given, settings, target
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -35,7 +35,7 @@ torch.set_num_threads(1)         # matrices this small gain nothing from a secon
 
 
 def close(a, b, scale=1.0):
-    """|a - b| <= scale * (1e-10 in float64, 2e-5 in float32) relative to the largest |b|."""
+    """|a - b| <= scale * (1e-10 in float64, 2e-5 in float32) of the larger of 1 and the largest |b|."""
     eps = {torch.float64: 1e-10, torch.float32: 2e-5}[a.dtype]
     return a.shape == b.shape and (a - b).abs().max() <= scale * eps * b.abs().max().clamp(min=1)
 
@@ -352,6 +352,63 @@ def test_generation_is_greedy_or_drawn_by_the_seed(small):
     assert draw(ends={greedy[4]})[-1] == greedy[4] and len(draw(ends={greedy[4]})) == greedy.index(greedy[4]) + 1
 
 
+def test_perplexity_is_that_of_the_windows_one_by_one(capsys, tmp_path):
+    """exp of the mean over predicted tokens: each window of 10 predicts its last 9; 25 tokens, 22 of them."""
+    folder, text = write_checkpoint(tmp_path, RAW), [5 * i % 61 for i in range(25)]
+    (tmp_path / "text").write_text(" ".join(f"w{i}" for i in text))
+    weights = formula_weights(RAW)
+    nats = [-math.log(np.exp(row - row.max())[y] / np.exp(row - row.max()).sum())
+            for a in (0, 10, 20) for row, y in zip(numpy_llama(RAW, weights, text[a:a + 10]), text[a + 1:a + 10])]
+    for kind in ("full", "bibranch"):              # a window of 32 sees everything exactly
+        status, out, _ = cli(capsys, "--model", folder, "--perplexity", tmp_path / "text", "--context", 10,
+                             "--cache", kind, "--json")
+        got = json.loads(out)
+        assert status == 0 and got["tokens"] == len(nats) == 22
+        assert math.isclose(got["perplexity"], math.exp(sum(nats) / 22), rel_tol=1e-5)
+
+
+def test_a_model_that_overflows_its_dtype_says_so(capsys, tmp_path):
+    weights = {k: v * 300 for k, v in formula_weights(RAW).items()}
+    folder = write_checkpoint(tmp_path, RAW, weights)
+    status, out, err = cli(capsys, "--model", folder, "--prompt", "w1 w2", "--cache", "full", "--dtype", "float16")
+    assert status == 2 and "overflows in float16" in err and err.count("\n") == 1
+
+
+def test_truncation_and_padding_of_the_tokenizer_file_are_not_the_models(tmp_path):
+    folder = write_checkpoint(tmp_path, RAW)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert model.Tokenizer(folder, model.read_config(folder)).encode("w1 w2 w3") == [1, 2, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["full", "compressed", "bibranch"])
+def test_half_precision_stays_close_to_float32(real, dtype, kind):
+    """Logits of every cache, token by token and in one pass: to 10 % of their norm, and finite."""
+    llama, _, tokens = real
+    bases, half = lorc.lorc(llama, kept=0.8)[1], model.load(REAL, dtype)
+    halved = [pair and tuple(Basis(*(x.to(dtype) for x in b)) for b in pair) for pair in bases]
+    n = tokens.shape[1]
+    for chunks in ([n], [1] * n):
+        both = []
+        for m, b in ((llama, bases), (half, halved)):
+            caches = lorc.new_caches(m, kind, n, b, **({"sinks": 1, "window": 2, "bits": 4} if kind == "bibranch" else {}))
+            both.append(torch.cat([m(t, caches) for t in tokens.split(chunks, 1)], 1).float())
+        assert (both[0] - both[1]).norm() < 0.1 * both[0].norm()
+
+
+# Which C ------------------------------------------------------------------------------ by hand ---
+
+def test_moments_are_those_of_the_inputs_after_the_sinks(small):
+    """E[x x^T] and mean |x| of what Wk is given in layer 0, windows of 6, sinks 2; gamma^2 without text."""
+    tokens, layer = torch.tensor(TOKENS[:14]), small.layers[0]
+    x = torch.cat([layer.attn_norm(small.embed(w))[2:] for w in tokens.split(6) if len(w) > 2])
+    assert torch.allclose(lorc.calibrated_moments(small, tokens, "whitened", 2, 6)[0], x.T @ x / len(x))
+    assert torch.allclose(lorc.calibrated_moments(small, tokens, "asvd", 2, 6)[0], x.abs().mean(0))
+    assert torch.equal(lorc.norm_moments(small)[1], small.layers[1].attn_norm.weight ** 2)
+
+
 # Sec. 4.1: one layer ----------------------------------------------------------------- parity ---
 
 @st.composite
@@ -556,7 +613,7 @@ def test_the_whole_model_equals_one_with_smaller_weights(real):
 
 # must fail: Eqs. 7 and 20 as printed ---------------------------------------------------------------
 
-def test_eq_7_as_printed_gives_the_sum_of_the_heads(real):
+def test_eq_7_as_printed_gives_the_sum_of_the_heads():
     """One W_q' = W_q U for all heads scores with the sum over heads of the true scores [E2]."""
     g = torch.Generator().manual_seed(0)
     H, d, D = 3, 4, 12
@@ -573,8 +630,7 @@ def test_u_cannot_be_folded_into_a_rotated_query(case):
     """App. C: R_n stands between U and the latent. Folding U first is not the rotated score [E4]."""
     rope, _, q, k, v, g = case
     B, T, G, d = k.shape
-    if G * d < 4 or T < 3:
-        return
+    assume(G * d >= 4 and T >= 3)
     Q = torch.linalg.qr(torch.randn(G * d, G * d, generator=g, dtype=torch.float64))[0]
     rotated = rope(k, slice(0, T)).flatten(2)
     folded = Basis(Q.T, Q).expand(rope_latents(rope, k.flatten(2) @ Q, d), d).flatten(2)
@@ -700,13 +756,16 @@ def test_scoring_a_text_in_one_pass_is_decoding_it_token_by_token(data, sinks, w
 
 @given(attentions(), st.data())
 def test_a_prompt_attends_exactly_and_is_stored_compressed(case, data):
-    """CSKV's rule [E34]: the first call equals the full cache, whatever the bases; and it is the only
-    one that does, because afterwards the same keys are read back compressed."""
+    """CSKV's rule [E34]: the first call equals the full cache, whatever the bases; what it leaves
+    behind, between one sink and a window of one, are latents."""
     rope, _, q, k, v, _ = case
     B, T, G, d = k.shape
     make, *_ = bibranch(case, data, sinks=1, window=1)
     want = feed(FullCache(B, T, G, d, torch.float64), rope, q, k, v, [T])
-    assert close(feed(make(), rope, q, k, v, [T]), want)
+    store = make()
+    assert close(feed(store, rope, q, k, v, [T]), want)
+    between = slice(0, max(0, T - 2))
+    assert torch.allclose(store.c_k.read(between), store.K.shrink(k[:, 1:max(1, T - 1)]))
 
 
 @given(st.integers(1, 100), st.integers(1, 9), st.integers(1, 2), st.floats(-20, 20), st.data())
@@ -738,7 +797,7 @@ def test_the_published_zero_point_destroys_a_group_away_from_zero():
 def test_the_loss_falls_from_svd_to_asvd_to_fine_tuned_to_the_closed_form(real):
     """E||k - k~||^2 on the same text: plain SVD >= ASVD >= CSKV's fine-tuning from there >= E[xx^T] [E30]."""
     llama, tokenizer, _ = real
-    text = torch.tensor(tokenizer.encode("The cat sat on the mat. A dog came by and they ran to the big tree. " * 12))
+    text = theory.own_text(llama, tokenizer.encode("Once"), 400)[0]
     W = llama.layers[1].attn.Wv.weight.double()
     C, s = (lorc.calibrated_moments(llama, text, kind, 4, 128)[1] for kind in ("whitened", "asvd"))
     d_c = len(W) // 3
@@ -749,7 +808,8 @@ def test_the_loss_falls_from_svd_to_asvd_to_fine_tuned_to_the_closed_form(real):
     svd, asvd, best = (loss(*lorc.basis(W, d_c, c)) for c in (None, s, C))
     A, B = (x.contiguous().requires_grad_() for x in lorc.basis(W, d_c, s))
     with torch.enable_grad():
-        tuner = torch.optim.LBFGS([A, B], max_iter=100, line_search_fn="strong_wolfe")
+        tuner = torch.optim.LBFGS([A, B], max_iter=400, max_eval=800, tolerance_change=1e-14,
+                                  line_search_fn="strong_wolfe")
 
         def step():
             tuner.zero_grad()
@@ -758,7 +818,7 @@ def test_the_loss_falls_from_svd_to_asvd_to_fine_tuned_to_the_closed_form(real):
             return value
         tuner.step(step)
     tuned = loss(A.detach(), B.detach())
-    assert svd >= asvd >= tuned >= best * (1 - 1e-9)
+    assert svd > asvd > tuned >= best * (1 - 1e-9) and tuned <= 1.05 * best
     assert math.isclose(best, lorc.spectrum(W, C)[0][d_c:].sum(), rel_tol=1e-6)
 
 
@@ -1005,7 +1065,10 @@ def test_help_answers_before_torch_is_imported():
 
 @pytest.mark.parametrize("args, word", [
     (["--kept", "0"], "--kept"), (["--kept", "1.5"], "--kept"), (["--kept", "nan"], "--kept"), (["--bits", "3"], "--bits"),
-    (["--window", "-1"], "--window"), (["--kept", "0.5", "--d-min", "3"], "exclude"), (["--plan"], "exclude"),
+    (["--window", "-1"], "--window"), (["--kept", "0.5", "--d-min", "3"], "not allowed with"), (["--plan"], "not allowed with"),
+    (["--d-min", "9999"], "KV width"), (["--bits", "4"], "leave out --bits"), (["--context", "9"], "leave out --context"),
+    (["--cache", "full", "--kept", "0.5"], "leave out --kept"), (["--bases", "x", "--threshold", "0"], "leave out --threshold"),
+    (["--calibrate", __file__, "--sinks", "9999"], "calibrating needs"), (["--device", "meta"], "meta"),
     (["--basis", "whitened"], "--calibrate"), (["--basis", "svd", "--calibrate", "x"], "leave out"),
     (["--bases", "x", "--kept", "0.5"], "--kept"), (["--threshold", "nan"], "--threshold"), (["--cache", "half"], "--cache"),
     (["--calibrate", "/nowhere"], "/nowhere"), (["--device", "abacus"], "abacus"), (["--bases", "/nowhere"], "/nowhere"),

@@ -94,7 +94,7 @@ def theorem_3(Ws, ks, L_phi, x_tilde):
 def theorem_3_a_priori(Ws, ks, L_phi, x):
     """Thm. 3 without x~: L_phi^L ||x|| sigma_{k_i+1} prod_{j != i} ||W_j||, for phi(0) = 0 [E12].
 
-    Because ||x~_{i-1}|| <= L_phi^(i-1) ||x|| prod_{j<i} ||W_j||. The product is the same for every
+    Because ||W~_j|| <= ||W_j||, so ||x~_{i-1}|| <= L_phi^(i-1) ||x|| prod_{j<i} ||W_j||. The product is the same for every
     layer but for its own ||W_i||: nothing here says that shallow layers matter more.
     """
     whole = L_phi ** len(Ws) * norm(x)
@@ -169,6 +169,8 @@ def layer_inputs(llama, tokens):
 def own_text(llama, prompt, length=512):
     """Tokens (1, T): the prompt and what the model draws after it, at temperature 1, seed 0."""
     n = min(length, llama.config.context) - len(prompt)
+    if not prompt or n < 1:
+        raise model.UserError(f"the prompt has {len(prompt)} tokens; give 1 to {n + len(prompt) - 1}")
     start = torch.tensor([prompt])
     caches = lorc.new_caches(llama, "full", len(prompt) + n)
     new = lorc.generate(llama, caches, start, n, temperature=1.0)
@@ -181,7 +183,7 @@ def attention_error_and_bound(llama, attn, x, pair):
     rope, at = model.Rope(llama.config), slice(0, T)
     rope.reserve(T, x)
     Wq, Wk, Wv = (W.weight.double() for W in (attn.Wq, attn.Wk, attn.Wv))
-    lost = [W - compressed(W, b.d_c) for W, b in zip((Wk, Wv), pair)]
+    lost = [W - compressed(W, b.d_c) for W, b in zip((Wk, Wv), pair)]     # as in Thm. 1
     e_k, e_v = (torch.linalg.matrix_norm(W.unflatten(0, (G, d)), 2).repeat_interleave(H // G)
                 for W in lost)
     seen = torch.ones(T, T, dtype=torch.bool).tril()[:, None]
@@ -229,22 +231,24 @@ def table(llama, tokens, kept):
 
 
 def square_net(llama):
-    """A net in the theorem's shape, of real numbers: the first G*d columns of each layer's Wk."""
-    return [layer.attn.Wk.weight.double()[:, :llama.config.kv_width] for layer in llama.layers]
+    """A net in the theorem's shape, of real numbers: the largest square corner of each layer's Wk."""
+    m = min(llama.config.kv_width, llama.config.width)
+    return [layer.attn.Wk.weight.double()[:m, :m] for layer in llama.layers]
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(
-        description="Bound against measured error on a checkpoint's own activations.")
+    p = lorc.Parser(
+        prog="theory.py", description="Bound against measured error on a checkpoint's own activations.")
     p.add_argument("--model", default=str(model.Path(__file__).resolve().parent / "tiny"))
-    p.add_argument("--kept", type=float, default=0.6)
+    p.add_argument("--kept", type=lorc.within(float, 0.01, 0.99, "fraction in [0.01, 0.99]"), default=0.6)
     p.add_argument("--prompt", default="Once upon a time",
                    help="The model goes on from here, and its text is measured.")
     args = p.parse_args(argv)
     try:
-        llama = model.load(model.find_model(args.model), torch.float32)
+        folder = model.find_model(args.model)
+        llama = model.load(folder, torch.float32)
         with torch.inference_mode():
-            tokens = own_text(llama, model.Tokenizer(args.model, llama.config).encode(args.prompt))
+            tokens = own_text(llama, model.Tokenizer(folder, llama.config).encode(args.prompt))
             print("measured / bound           Thm. 1        in the mean  attention        Eq. 19")
             print("layer  d_c    worst K  worst V        V (equal)   worst  median    K      V")
             for i, d_c, k, v, mean, worst, median, fk, fv in table(llama, tokens, args.kept):
@@ -252,14 +256,15 @@ def main(argv=None):
                       f"{worst:7.3f} {median:7.4f}  {fk:5.3f}  {fv:5.3f}")
             print_network(square_net(llama), args.kept)
     except model.UserError as e:
-        print(f"theory: {e}", file=sys.stderr)
+        print("theory:", " ".join(str(e).split()), file=sys.stderr)
         return 2
     return 0
 
 
 def print_network(Ws, kept):
     """Thm. 3 on a real square-block net: printed, corrected, a priori; small and large input."""
-    ks, (phi, L_phi) = [max(1, round(kept * len(W))) for W in Ws], PHI["silu"]
+    ks = [min(len(W) - 1, max(1, round(kept * len(W)))) for W in Ws]
+    phi, L_phi = PHI["silu"]
     direction = torch.linalg.svd(Ws[0])[2][ks[0]]
     for scale in (1.0, 1e6):
         x = scale * direction
