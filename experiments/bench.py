@@ -2,7 +2,7 @@
 
     python experiments/bench.py --model PATH [--threads 2] [--rounds 7]
 
-Same weights, same dtype, same threads: decode at batch 1 (64 tokens after a prompt of 32), ours against
+Same weights, same dtype, same threads: decode at batch 1 (63 steps after a prompt of 32), ours against
 `generate`, its own prefill subtracted; and prefill of 2,048 tokens. Needs transformers.
 """
 import argparse
