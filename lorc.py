@@ -123,7 +123,8 @@ def solve_d_min(kept, ranks_of, d_max):
     low, high = 1.0, float(d_max)
     if not fraction(low) - 0.5 / d_max <= kept <= fraction(high) + 0.5 / d_max:
         raise model.UserError(f"--kept {kept:g} cannot be reached: these flags can keep "
-                              f"{math.ceil(1000 * fraction(low)) / 1000:g} to {fraction(high):.4g}")
+                              f"{math.ceil(1000 * fraction(low)) / 1000:g} to {fraction(high):.4g}; "
+                              "Eq. 13 keeps at least about half, --schedule uniform less")
     while high - low > 1e-6:
         middle = (low + high) / 2
         low, high = (middle, high) if fraction(middle) < kept else (low, middle)
@@ -618,6 +619,7 @@ def run(args):
     marks.append(time.perf_counter())
     if args.save is not None:
         save_bases(args.save, llama, plan, bases, args.basis)
+        print(f"wrote {Path(args.save) / 'bases.safetensors'}", file=sys.stderr)
     kinds, quiet = ["full", "compressed", "bibranch"], args.json or args.compare
     for kind, i in itertools.product(kinds if args.compare else [args.cache], range(len(jobs))):
         if args.prompt and not (quiet or args.chat) and getattr(sys.stdout, "isatty", bool)():
@@ -634,8 +636,9 @@ def run(args):
 
 def report(args, plan, runs, seconds):
     """The result for a program (--json, on standard output) or for a reader (on standard error)."""
-    compressed = [r for r in runs if r["cache"]["kind"] != "full"]
-    rows = plan_rows(plan, compressed[0]["errors"] if compressed else []) if plan else []
+    compressed = [r["errors"] for r in runs if r["cache"]["kind"] != "full" and r["errors"]]
+    errors = [tuple(map(max, zip(*layer))) for layer in zip(*compressed)]      # worst of all prompts
+    rows = plan_rows(plan, errors) if plan else []
     if args.json:
         print(json.dumps({"model": args.model, "plan": rows} | as_json(args, runs, seconds)))
         return
@@ -644,8 +647,7 @@ def report(args, plan, runs, seconds):
         print_plan(rows, plan, to)
     if args.compare:
         print_comparison(runs)
-        return
-    for r in runs:
+    for r in runs if not args.compare else []:
         if "perplexity" in r:
             print(f"perplexity {r['perplexity']:.4f}")
         c = r["cache"]
@@ -654,13 +656,15 @@ def report(args, plan, runs, seconds):
               f"{size(c['full_bytes'])} ({c['full_bytes']:,}): {c['bytes'] / c['full_bytes']:.1%}\n"
               f"{r['tokens']} tokens; seconds: " + ", ".join(f"{k} {s:.2f}" for k, s in spent.items()),
               file=sys.stderr)
-        if r["status"] != "ok":
-            print({"context": "stopped at the model's context: it was made for no more positions",
-                   "interrupted": "interrupted"}[r["status"]], file=sys.stderr)
-    worst = max((max(e) for r in compressed for e in r["errors"]), default=0)
-    if worst > 0.3 and args.cache == "compressed":
-        print(f"On this text the worst layer loses {worst:.0%} of its keys or values: do not trust the "
-              "output. --cache bibranch --calibrate FILE repair most of it.", file=sys.stderr)
+    for status in sorted({r["status"] for r in runs} - {"ok"}):
+        print({"context": "stopped at the model's context: it was made for no more positions",
+               "interrupted": "interrupted"}[status], file=sys.stderr)
+    worst = max((max(e) for e in errors), default=0)
+    if args.cache == "bibranch" or args.compare:
+        print("The errors are of the low-rank part alone: exact tokens have none.", file=sys.stderr)
+    elif worst > 0.3:
+        print(f"On this text the worst layer loses {worst:.0%} of its keys or values: read the text "
+              "with care. --cache bibranch with --calibrate FILE repairs most of it.", file=sys.stderr)
 
 
 def plan_rows(plan, errors):
@@ -680,6 +684,7 @@ def as_json(args, runs, seconds):
                 | ({"text": texts[0] if len(texts) == 1 else texts} if texts else {})
                 | {"perplexity": r["perplexity"] for r in results if "perplexity" in r}
                 | {"tokens": sum(r["tokens"] for r in results),
+                   "status": next((r["status"] for r in results if r["status"] != "ok"), "ok"),
                    "seconds": seconds | {k: sum(r[k] for r in results) for k in ("prefill", "decode")}})
     kinds = list(dict.fromkeys(r["cache"]["kind"] for r in runs))
     found = [one([r for r in runs if r["cache"]["kind"] == kind]) for kind in kinds]
@@ -737,18 +742,19 @@ def main(argv=None):
     """The command line. Returns the status: 2 for what the user can mend, 130 after Ctrl-C."""
     parser = command_line()
     args = settle(parser, parser.parse_args(argv))
-    heavy_imports()
     try:
-        with torch.inference_mode():
-            return run(args)
+        heavy_imports()
+        try:
+            with torch.inference_mode():
+                return run(args)
+        except BrokenPipeError:                          # the reader, `| head` say, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except (model.UserError, OSError) as e:
+            print("lorc:", " ".join(str(e).split()), file=sys.stderr)
+            return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:                              # the reader, `| head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (model.UserError, OSError) as e:
-        print("lorc:", " ".join(str(e).split()), file=sys.stderr)
-        return 2
 
 
 if __name__ == "__main__":

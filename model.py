@@ -320,7 +320,7 @@ def read_tensor(path: Path, name: str, shape, dtype, device) -> torch.Tensor:
 
 def find_model(name: str) -> Path:
     """A checkpoint's folder: `name` itself, or what the Hub has under that id. Raises UserError."""
-    if Path(name).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         return Path(name)
     from huggingface_hub import snapshot_download
     try:

@@ -4,13 +4,14 @@ Four kinds, under banners: worked by hand; property (Hypothesis draws what the s
 over); parity (an independent implementation); must fail (a counterexample to a printed claim).
 `LORC_MODEL=PATH pytest` runs the tests on a real checkpoint against that one; without it, on tiny/.
 """
+import functools
 import json
 import math
 import os
 import re
-import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -105,9 +106,8 @@ def full(llama, capacity, B=1):
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """The grouped variant in float64."""
-    return model.load(write_checkpoint(tmp_path_factory.mktemp("small"), RAW), torch.float64)
+def small():
+    return small_model()
 
 
 @pytest.fixture(scope="module")
@@ -585,6 +585,23 @@ def test_full_rank_is_the_full_cache_and_blocks_change_nothing(case, block):
             assert close(feed(CompressedCache(B, T, whole, whole, d), rope, q, k, v, split), want)
     finally:
         cache.BLOCK = before
+
+
+@settings(max_examples=20)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=8))
+def test_a_whole_model_with_a_full_cache_does_not_see_how_its_text_was_cut(chunks):
+    """Logits of one prefill = those of any chunking, in float64. Kills: a rotation that restarts at 0."""
+    llama, T = small_model(), sum(chunks)
+    tokens = torch.tensor([[(7 * i * i + 3 * i) % 61 for i in range(T)]])
+    caches = full(llama, T)
+    assert close(torch.cat([llama(t, caches) for t in tokens.split(chunks, 1)], 1), llama(tokens, full(llama, T)))
+
+
+@functools.cache
+def small_model():
+    """The grouped variant in float64, made once."""
+    with tempfile.TemporaryDirectory() as folder:
+        return model.load(write_checkpoint(Path(folder), RAW), torch.float64)
 
 
 @pytest.mark.parametrize("kind", ["full", "compressed"])

@@ -255,6 +255,8 @@ def main(argv=None):
                 print(f"{i:5d} {d_c:4d}   {k:8.3f} {v:8.3f} {mean:16.6f} "
                       f"{worst:7.3f} {median:7.4f}  {fk:5.3f}  {fv:5.3f}")
             print_network(square_net(llama), args.kept)
+    except KeyboardInterrupt:
+        return 130
     except model.UserError as e:
         print("theory:", " ".join(str(e).split()), file=sys.stderr)
         return 2

@@ -1,0 +1,423 @@
+"""Beyond the papers: train all factors together, on what is wanted of them.
+
+CSKV trains each layer's factors to rebuild that layer's keys and values, which has a closed form
+[E30]. Here `down` and `up` of all layers learn to leave the full model's next-token distribution
+as it is: the loss is its KL divergence through the bi-branch cache in the decode regime, with or
+without 4-bit rounding in the loop. No weight of the model changes. What comes out is measured both
+with 16 and with 4 bits.
+
+    python experiments/distill.py --model PATH --text TRAIN --kept 0.2 --out DIR --test TEST
+    python lorc.py --model PATH --bases DIR --cache bibranch --perplexity TEST
+
+Reading order, which is the order of events:
+    read_windows         texts -> training windows; the last tenth of each text is held out
+    sensitivities        G, the second moment of the loss gradient with respect to k~ and v~
+    allocate             d_c of all layers, keys and values, by one sort of all singular values
+    Factor               one basis, in the coordinates where C and G are the identity
+    divergence, train    the loss; AdamW, cosine, early stop, checkpoints
+    picks                multiple-choice questions, answered by likelihood
+    measure              full model, start and trained factors, on texts that were not trained on
+
+A run that was cut short goes on from DIR/checkpoint.pt when the same command is given again.
+Without --model it runs on tiny/, on a CPU.
+"""
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import lorc                                                        # noqa: E402
+import model                                                       # noqa: E402
+from cache import Basis                                            # noqa: E402
+from record import provenance                                      # noqa: E402
+
+SINKS = 4             # as BiBranchCache has them: these positions stay exact and are not measured
+CALIBRATION = 32      # windows that C and G are taken over
+PATIENCE = 6          # validations without a new best, after which training stops
+SHOTS = 5             # answered questions in front of each question
+
+
+def say(*words):
+    """A line of progress, with the seconds since the start."""
+    print(f"{time.perf_counter() - START:6.0f} s ", *words, flush=True)
+
+
+# Text --------------------------------------------------------------------------------------------
+
+def encode(tokenizer, path, device):
+    return torch.tensor(tokenizer.encode(lorc.read_text(path)), device=device)
+
+
+def read_windows(tokenizer, paths, context, device):
+    """Texts in windows (n, context): those to train on, and the last tenth of each text."""
+    train, held = [], []
+    for path in paths:
+        tokens = encode(tokenizer, path, device)
+        windows = tokens[:len(tokens) // context * context].view(-1, context)
+        cut = len(windows) - max(1, len(windows) // 10)
+        train.append(windows[:cut])
+        held.append(windows[cut:])
+    return torch.cat(train), torch.cat(held)
+
+
+# Where training starts ---------------------------------------------------------------------------
+
+def bibranch(llama, capacity, bases, bits, B=1):
+    """Caches for a whole text in the decode regime."""
+    return lorc.new_caches(llama, "bibranch", capacity, bases, B, bits=bits, strict=True)
+
+
+class Watched(Basis):
+    """The identity as a basis; adds g g^T to `total` for the gradient g of each key it expands."""
+
+    def expand(self, c, d):
+        k = super().expand(c, d).requires_grad_()                  # (B, T, G, d)
+        k.register_hook(self.add)
+        return k
+
+    def add(self, g):
+        g = g.flatten(2).flatten(0, 1).double()
+        self.total.add_(g.T @ g)
+
+
+def sensitivities(llama, windows):
+    """G = E[g g^T] of each layer's keys, before rotation, and values: (L, 2, G*d, G*d) in float64.
+
+    g is the gradient of a window's nats with respect to what latents stand in for: one token's key
+    or value as the tokens see it that come when it has left the window. So e^T G e is what an error
+    e costs. The gradient through all that see it, which is mostly its neighbours, is a worse guide.
+    """
+    d_max = llama.config.kv_width
+    sums = windows.new_zeros(len(llama.layers), 2, d_max, d_max, dtype=torch.float64)
+    identity = torch.eye(d_max, device=windows.device)
+    bases = [(Watched(identity, identity), Watched(identity, identity)) for _ in llama.layers]
+    for pair, totals in zip(bases, sums):
+        for basis, total in zip(pair, totals):
+            basis.total = total
+    for x in windows:
+        h = llama.hidden(x[None], bibranch(llama, len(x), bases, 16))[0]
+        F.cross_entropy(llama.head(h[:-1]), x[1:], reduction="sum").backward()
+    return sums / windows[:, SINKS:].numel()
+
+
+def roots(S):
+    """S^(1/2) and S^(-1/2) of a second moment, no eigenvalue below 1/1000 of their mean."""
+    lam, Q = torch.linalg.eigh(S)
+    lam = lam.clamp(min=1e-3 * lam.mean())
+    return Q * lam.sqrt() @ Q.T, Q / lam.sqrt() @ Q.T
+
+
+def allocate(spectra, kept):
+    """d_c for each of `spectra`, each (G*d,) and falling: the largest values of all are kept."""
+    values = torch.cat(spectra).sort(descending=True).values
+    cut = values[max(1, int(kept * len(values))) - 1]
+    return [max(1, int((lam >= cut).sum())) for lam in spectra]
+
+
+class Factor(nn.Module):
+    """One basis of W x, in coordinates where both its inputs and the cost of its errors are white.
+
+    With k' = (W C W^T)^(-1/2) k, whose second moment is I, and e' = G^(1/2) e, whose square is what
+    an error costs, the best map from k' to k~' of rank d_c is a truncated SVD, U S V^T. That is the
+    start: A = S^(1/2) V^T and B = U S^(1/2), where down = A (W C W^T)^(-1/2), up = G^(-1/2) B.
+    A step of AdamW means about as much in every direction of A and B, which in down and up it would
+    not: keys and values are large in few directions and small in most.
+    """
+
+    def __init__(self, W, C, G, d_c):
+        super().__init__()
+        W = W.double()
+        (g, g_inverse), (k, k_inverse) = roots(G), roots(W @ C @ W.T)
+        lam, U = lorc.spectrum(g @ W, C)
+        S, U = lam[:d_c].sqrt().clamp(min=1e-6 * lam[0].sqrt()), U[:, :d_c]
+        size = S.square().mean().sqrt()                            # goes to up: S is about 1
+        self.A = nn.Parameter((U.T @ g @ k / (S * size).sqrt()[:, None]).float())
+        self.B = nn.Parameter((U * (S / size).sqrt()).float())
+        self.register_buffer("whiten", k_inverse.float(), persistent=False)
+        self.register_buffer("colour", (size * g_inverse).float(), persistent=False)
+
+    def forward(self):
+        return Basis(self.A @ self.whiten, self.colour @ self.B)
+
+
+def start(llama, windows, kept):
+    """The plan, and each layer's factors [K, V], or [] where the layer stays full."""
+    with torch.no_grad():
+        C = lorc.calibrated_moments(llama, windows.flatten(), "whitened", SINKS, windows.shape[1])
+    G, d_max = sensitivities(llama, windows), llama.config.kv_width
+    weights = [(layer.attn.Wk.weight, layer.attn.Wv.weight) for layer in llama.layers]
+    kappa = [tuple(map(lorc.log_kappa, pair)) for pair in weights]
+    d_c = allocate([lorc.spectrum(roots(g)[0] @ W.double(), c)[0]
+                    for pair, c, gs in zip(weights, C, G) for W, g in zip(pair, gs)], kept)
+    ranks = list(zip(d_c[::2], d_c[1::2]))
+    plan = lorc.Plan(kappa, lorc.log_kappa_tilde([k + v for k, v in kappa]), ranks, d_max)
+    factors = [nn.ModuleList(Factor(W, c, g, d) for W, g, d in zip(pair, gs, dims)
+                             if dims != (d_max, d_max))
+               for pair, c, gs, dims in zip(weights, C, G, ranks)]
+    return plan, nn.ModuleList(factors)
+
+
+def bases_of(factors):
+    """What the factors are now, as the caches want them."""
+    return [tuple(f() for f in pair) or None for pair in factors]
+
+
+# Training ----------------------------------------------------------------------------------------
+
+def divergence(llama, x, bases, bits):
+    """KL(full model || compressed) of the next token: mean nats over windows x (B, T).
+
+    On a GPU the matrix products are in bfloat16; what is measured before and after is not.
+    """
+    B, T = x.shape
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+        with torch.no_grad():
+            full = llama(x, lorc.new_caches(llama, "full", T, B=B)).log_softmax(-1)
+        ours = llama(x, bibranch(llama, T, bases, bits, B)).log_softmax(-1)
+        return F.kl_div(ours, full, log_target=True, reduction="sum") / x.numel()
+
+
+@torch.no_grad()
+def validate(llama, held, factors, args):
+    """The divergence over all windows held out."""
+    bases, parts = bases_of(factors), held.split(args.batch)
+    return sum(divergence(llama, x, bases, args.bits).item() * len(x) for x in parts) / len(held)
+
+
+def batch(windows, step, args):
+    """The windows (B, T) of one step: each epoch has its own order, which --seed settles."""
+    epoch, i = divmod(step, max(1, len(windows) // args.batch))
+    generator = torch.Generator().manual_seed(1000 * args.seed + epoch)
+    return windows[torch.randperm(len(windows), generator=generator)[i * args.batch:][:args.batch]]
+
+
+def train(llama, factors, windows, held, args):
+    """Train `factors` and leave the best of the run in them; returns the run's curve and seconds.
+
+    The learning rate warms up over 10 steps and falls along a cosine to zero with the steps or with
+    the minutes, whichever run out first.
+    """
+    optimizer = torch.optim.AdamW(factors.parameters(), args.lr, (0.9, 0.95), weight_decay=0)
+    run = resume(factors, optimizer, args)
+    begun, losses = time.perf_counter() - run["seconds"], []
+    while True:
+        run["seconds"] = time.perf_counter() - begun
+        progress = max(run["step"] / args.steps, run["seconds"] / (60 * args.minutes))
+        due = run["step"] % args.every == 0 or progress >= 1
+        if due and run["step"] != run["noted"]:
+            note(run, losses, validate(llama, held, factors, args), factors)
+            keep(run, factors, optimizer, args)
+            losses = []
+        if progress >= 1 or len(run["curve"]) - run["best_at"] > PATIENCE:
+            factors.load_state_dict(run["best"])
+            return run["curve"], run["seconds"]
+        for group in optimizer.param_groups:
+            warm = min(1, (run["step"] + 1) / 10)
+            group["lr"] = args.lr * warm * (1 + math.cos(math.pi * progress)) / 2
+        x = batch(windows, run["step"], args)
+        loss = divergence(llama, x, bases_of(factors), args.bits)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+        run["step"] += 1
+
+
+def note(run, losses, held, factors):
+    """Add a validation to the curve; remember the factors when it is the best so far."""
+    loss = torch.stack(losses).mean().item() if losses else None   # none before the first step
+    point = {"step": run["step"], "seconds": run["seconds"], "train": loss, "held": held}
+    run["curve"].append(point)
+    run["noted"] = run["step"]
+    if held < run["best_held"]:
+        run["best"] = {name: p.detach().clone() for name, p in factors.state_dict().items()}
+        run["best_held"], run["best_at"] = held, len(run["curve"])
+    say(f"step {run['step']:4d}  KL {loss or held:.5f}  held out {held:.5f}"
+        f"  ({run['seconds']:.0f} s of training)")
+
+
+def settings(args):
+    names = ("model", "text", "kept", "bits", "steps", "batch", "context", "lr", "seed")
+    return {name: getattr(args, name) for name in names}
+
+
+def keep(run, factors, optimizer, args):
+    """Write the checkpoint, whole or not at all."""
+    torch.save(run | {"settings": settings(args), "factors": factors.state_dict(),
+                      "optimizer": optimizer.state_dict()}, args.out / "checkpoint.tmp")
+    os.replace(args.out / "checkpoint.tmp", args.out / "checkpoint.pt")
+
+
+def resume(factors, optimizer, args):
+    """The state of the run in --out, loaded into factors and optimizer; or that of a new run."""
+    path = args.out / "checkpoint.pt"
+    if not path.exists():
+        return {"step": 0, "seconds": 0.0, "curve": [], "noted": None,
+                "best": {}, "best_held": math.inf, "best_at": 0}
+    run = torch.load(path, args.device, weights_only=True)
+    if run.pop("settings") != settings(args):
+        raise model.UserError(f"{path} is of a run with other settings; choose another --out")
+    factors.load_state_dict(run.pop("factors"))
+    optimizer.load_state_dict(run.pop("optimizer"))
+    say(f"going on from step {run['step']}")
+    return run
+
+
+# Measuring ---------------------------------------------------------------------------------------
+
+def read_questions(path):
+    """[(question, its four choices, index of the right one)], OpenBookQA in LLM-Adapters' JSON."""
+    found = []
+    for item in json.loads(Path(path).read_text(encoding="utf-8")):
+        pattern = r"to the question: (.*?)\s*\n\n(Answer1: .*?)\s*\n\nAnswer format"
+        question, choices = re.search(pattern, item["instruction"], re.S).groups()
+        choices = [c.strip() for c in re.split(r"\s*Answer\d: ", choices)[1:]]
+        found.append((question, choices, int(item["answer"].removeprefix("answer")) - 1))
+    return found
+
+
+def rows_of(tokenizer, questions, i):
+    """Question i with each of its choices: its tokens, and the place where the choice begins.
+
+    In front stand the SHOTS questions that follow it in the file, answered.
+    """
+    shots = [questions[(i + j) % len(questions)] for j in range(1, SHOTS + 1)]
+    text = "".join(f"Question: {q}\nAnswer: {choices[n]}\n\n" for q, choices, n in shots)
+    prompt = tokenizer.encode(f"{text}Question: {questions[i][0]}\nAnswer:")
+    choices = [tokenizer.encode(" " + c, special=False) for c in questions[i][1]]
+    return [(prompt + choice, len(prompt)) for choice in choices]
+
+
+@torch.no_grad()
+def picks(llama, tokenizer, questions, make, at_once=16):
+    """For each question the likeliest choice, as it is and per character: [(0..3, 0..3)]."""
+    device, found = llama.embed.weight.device, []
+    for first in range(0, len(questions), at_once):
+        some = range(first, min(first + at_once, len(questions)))
+        rows = [row for i in some for row in rows_of(tokenizer, questions, i)]
+        x = torch.zeros(len(rows), max(len(ids) for ids, _ in rows), dtype=torch.int64)
+        asked = torch.zeros_like(x, dtype=torch.bool)              # where choices are predicted
+        for r, (ids, begin) in enumerate(rows):                    # padding comes after: never seen
+            x[r, :len(ids)], asked[r, begin - 1:len(ids) - 1] = torch.tensor(ids), True
+        x, asked = x.to(device), asked.to(device)
+        logits = llama.head(llama.hidden(x, make(x.shape[1], len(x)))[asked])
+        nats = F.cross_entropy(logits, x.roll(-1, 1)[asked], reduction="none")
+        nats = nats.new_zeros(len(x)).index_add_(0, asked.nonzero()[:, 0], nats).view(-1, 4)
+        size = torch.tensor([[len(c) for c in questions[i][1]] for i in some], device=device)
+        found += zip(nats.argmin(1).tolist(), (nats / size).argmin(1).tolist())
+    return found
+
+
+@torch.no_grad()
+def perplexity(llama, tokens, context, make):
+    nats, count = lorc.negative_log_likelihood(llama, tokens, context, make)
+    return math.exp(nats / count)
+
+
+def measure(name, llama, tokenizer, args, result, make):
+    """Perplexities, in the decode regime, and answers, under the caches of make(capacity, B)."""
+    for path in filter(None, (args.test, args.second)):
+        tokens = encode(tokenizer, path, args.device)[:args.max_tokens]
+        text = result["perplexity"].setdefault(Path(path).name, {"tokens": len(tokens)})
+        text[name] = perplexity(llama, tokens, args.context, lambda n: make(n, 1))
+        say(f"{name:14s}  {Path(path).name}: perplexity {text[name]:.4f},"
+            f" {text[name] / text['full'] - 1:+.2%}")
+    if args.questions:
+        questions = read_questions(args.questions)
+        found = picks(llama, tokenizer, questions, make)
+        result["questions"][name] = compared(found, questions, result.setdefault("picks", found))
+        say(f"{name:14s}  {len(found)} questions: {result['questions'][name]}")
+    write(args, result)
+
+
+def compared(found, questions, full):
+    """How often `found` picks the right choice, and how often the one that the full model picks."""
+    def share(k, wanted):
+        return sum(pick[k] == w for pick, w in zip(found, wanted)) / len(found)
+    right = [n for *_, n in questions]
+    return {"right": share(0, right), "right_per_character": share(1, right),
+            "as_full": share(0, [f[0] for f in full]),
+            "as_full_per_character": share(1, [f[1] for f in full])}
+
+
+def write(args, result):
+    """result.json, without what is needed on the way only."""
+    shown = {key: value for key, value in result.items() if key != "picks"}
+    (args.out / "result.json").write_text(json.dumps(shown, indent=1) + "\n")
+
+
+# The command line --------------------------------------------------------------------------------
+
+def command_line():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = p.add_argument
+    add("--model", default=str(ROOT / "tiny"), help="Folder of the model. Default: tiny/.")
+    add("--text", nargs="+", required=True, metavar="FILE", help="Texts to train on.")
+    add("--kept", type=float, default=0.2, metavar="F", help="rho over all layers. Default: 0.2.")
+    add("--bits", type=int, choices=[16, 4], default=16, help="4 rounds latents while"
+        " training. Default: 16.")
+    add("--out", type=Path, required=True, metavar="DIR", help="Folder for bases, result.json and"
+        " checkpoint.")
+    add("--test", metavar="FILE", help="A text to score before and after.")
+    add("--second", metavar="FILE", help="A text of another kind, to score too.")
+    add("--questions", metavar="FILE", help="OpenBookQA's test.json, to answer before and after.")
+    add("--max-tokens", type=int, default=16384, metavar="N", help="Tokens scored of each text.")
+    add("--context", type=int, metavar="N", help="Window length. Default: the model's, at most"
+        " 1024.")
+    add("--steps", type=int, default=300, metavar="N", help="Steps of training. Default: 300.")
+    add("--minutes", type=float, default=10, metavar="F", help="Time of training. Default: 10.")
+    add("--batch", type=int, default=8, metavar="B", help="Windows a step. Default: 8.")
+    add("--lr", type=float, default=1e-3, help="Highest learning rate. Default: 0.001.")
+    add("--every", type=int, default=25, metavar="N", help="Steps between validations.")
+    add("--seed", type=int, default=0, help="Orders the windows. Default: 0.")
+    add("--device", help="cpu or cuda. Default: cuda where there is one.")
+    add("--commit", help="Written into result.json. Default: what git says.")
+    return p
+
+
+def main():
+    args = command_line().parse_args()
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.out.mkdir(parents=True, exist_ok=True)
+    llama = model.load(args.model, torch.float32, args.device)
+    tokenizer = model.Tokenizer(args.model, llama.config)
+    args.context = args.context or min(1024, llama.config.context)
+    result = provenance(args.device, args.commit) | {"perplexity": {}, "questions": {}}
+    windows, held = read_windows(tokenizer, args.text, args.context, args.device)
+    say(f"{len(windows)} windows of {args.context} tokens, {len(held)} held out")
+    measure("full", llama, tokenizer, args, result,
+            lambda n, B: lorc.new_caches(llama, "full", n, B=B))
+    begun, generator = time.perf_counter(), torch.Generator().manual_seed(args.seed)
+    some = torch.randperm(len(windows), generator=generator)[:CALIBRATION]
+    plan, factors = start(llama, windows[some], args.kept)
+    result |= {"windows": len(windows), "held": len(held), "kept": plan.kept, "bits": args.bits,
+               "ranks": plan.ranks, "parameters": sum(p.numel() for p in factors.parameters()),
+               "seconds_start": time.perf_counter() - begun}
+
+    def both(name):
+        for bits, also in (16, ""), (4, ", 4 bits"):
+            measure(name + also, llama, tokenizer, args, result,
+                    lambda n, B: bibranch(llama, n, bases_of(factors), bits, B))
+    both("before")
+    result["curve"], result["seconds"] = train(llama, factors, windows, held, args)
+    with torch.no_grad():
+        lorc.save_bases(args.out, llama, plan, bases_of(factors), "distilled")
+    both("after")
+
+
+START = time.perf_counter()
+if __name__ == "__main__":
+    try:
+        main()
+    except model.UserError as e:
+        sys.exit(f"distill: {e}")
