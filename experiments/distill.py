@@ -377,7 +377,8 @@ def command_line():
     add("--steps", type=int, default=300, metavar="N", help="Steps of training. Default: 300.")
     add("--minutes", type=float, default=10, metavar="F", help="Time of training. Default: 10.")
     add("--batch", type=int, default=8, metavar="B", help="Windows a step. Default: 8.")
-    add("--lr", type=float, default=1e-3, help="Highest learning rate. Default: 0.001.")
+    add("--lr", type=float, default=8e-4, help="Highest learning rate; the more is kept, the lower"
+        " it should be: 0.0003 at 0.5. Default: 0.0008.")
     add("--every", type=int, default=25, metavar="N", help="Steps between validations.")
     add("--seed", type=int, default=0, help="Orders the windows. Default: 0.")
     add("--device", help="cpu or cuda. Default: cuda where there is one.")
