@@ -14,7 +14,6 @@ SwiGLU is a product and not Lipschitz [E15]: Thms. 2 and 3 say nothing about a w
 
     python theory.py [--model PATH] [--kept F]        bound against measured error, layer by layer
 """
-import argparse
 import math
 import sys
 
