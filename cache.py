@@ -6,7 +6,8 @@ are allocated then, once. `attend(q, k, v, rope)` takes T new tokens, not yet ro
     q (B, T, H, d),  k and v (B, T, G, d)  ->  (B, T, H, d)
 
 remembers their keys and values, and answers with causal attention over all that it remembers.
-`nbytes` is the sum of the buffers it holds.
+`nbytes` is the sum of the buffers it holds. `decode` is the same for one token, with shapes that do
+not depend on its place, so that one compiled step serves every place (--compile).
 
     FullCache         k rotated, and v                                 2 * G*d numbers a token
     CompressedCache   latents c_k = U_k^T k and c_v = U_v^T v          d_k + d_v
@@ -55,14 +56,17 @@ class Basis(NamedTuple):
         return einsum("btgrc,gdc->btgrd", o, U).flatten(2, 3)
 
 
-def attention(q, k, v):
-    """Eq. 1 for the last T of S tokens: q (B, T, H, d), k and v (B, S, G, d) -> (B, T, H, d)."""
+def attention(q, k, v, mask=None):
+    """Eq. 1: q (B, T, H, d), k and v (B, S, G, d) -> (B, T, H, d).
+
+    Query t sees the keys in mask (T, S); without one, the queries are the last T of S tokens.
+    """
     T, S = q.shape[1], k.shape[1]
-    mask = None
-    if 1 < T < S:
+    causal = mask is None and T == S > 1
+    if mask is None and 1 < T < S:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S > 1, enable_gqa=True)
+    o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
     return o.transpose(1, 2)
 
 
@@ -70,6 +74,13 @@ def scores(q, k):
     """q . k / sqrt(d): q (B, T, H, d), k (B, S, G, d) -> (B, T, H, S)."""
     q = q.unflatten(2, (k.shape[2], -1)) * q.shape[-1] ** -0.5               # (B, T, G, H/G, d)
     return einsum("btgrd,bsgd->btgrs", q, k).flatten(2, 3)
+
+
+def rebuilt_scores(q, c, K, places, rope):
+    """q . k~ / sqrt(d) of rotated q (B, 1, H, d) and latents c (B, S, d_c) at `places` (S,)."""
+    d, size = q.shape[-1], max(1, 4 * BLOCK // len(q))     # fewer temporaries than uncompiled
+    return torch.cat([scores(q, rope(K.expand(part, d), at))
+                      for part, at in zip(c.split(size, 1), places.split(size))], -1)
 
 
 def mix(p, v):
@@ -85,15 +96,22 @@ def softmax(s):
 class FullCache:
     """Every key, rotated, and every value: Eq. 4."""
 
+    settled = True
+
     def __init__(self, B, capacity, G, d, dtype=None, device=None):
-        self.k = torch.empty(B, capacity, G, d, dtype=dtype, device=device)
-        self.v = torch.empty_like(self.k)
+        self.k = torch.zeros(B, capacity, G, d, dtype=dtype, device=device)
+        self.v = torch.zeros_like(self.k)
         self.capacity, self.n = capacity, 0
 
     def attend(self, q, k, v, rope):
         new = slice(self.n, self.n + q.shape[1])
         self.k[:, new], self.v[:, new], self.n = rope(k, new), v, new.stop
         return attention(rope(q, new), self.k[:, :self.n], self.v[:, :self.n])
+
+    def decode(self, q, k, v, rope, at):
+        self.k[:, at], self.v[:, at] = rope(k, at), v
+        seen = torch.arange(self.capacity, device=at.device) <= at[:, None]
+        return attention(rope(q, at), self.k, self.v, seen)
 
     @property
     def nbytes(self) -> int:
@@ -108,10 +126,12 @@ class CompressedCache:
     stands between U_v and the values: latents are mixed, the mixture expanded (Eq. 9, [E5], [E18]).
     """
 
+    settled = True
+
     def __init__(self, B, capacity, K: Basis, V: Basis, d):
         self.K, self.V, self.d = K, V, d
-        self.c_k = K.down.new_empty(B, capacity, K.d_c)
-        self.c_v = V.down.new_empty(B, capacity, V.d_c)
+        self.c_k = K.down.new_zeros(B, capacity, K.d_c)
+        self.c_v = V.down.new_zeros(B, capacity, V.d_c)
         self.capacity, self.n = capacity, 0
 
     def attend(self, q, k, v, rope):
@@ -126,6 +146,12 @@ class CompressedCache:
         p = softmax(torch.cat([scores(q, self.keys(b, rope)) for b in blocks], -1))
         return self.V.heads(einsum("bths,bsc->bthc", p, c_v), self.d)
 
+    def decode(self, q, k, v, rope, at):
+        self.c_k[:, at], self.c_v[:, at] = self.K.shrink(k), self.V.shrink(v)
+        places = torch.arange(self.capacity, device=at.device)
+        s = rebuilt_scores(rope(q, at), self.c_k, self.K, places, rope).where(places <= at, -torch.inf)
+        return self.V.heads(einsum("bths,bsc->bthc", softmax(s), self.c_v), self.d)
+
     def keys(self, span, rope):
         """k~ of the tokens in span, rotated: (B, S, G, d)."""
         return rope(self.K.expand(self.c_k[:, span], self.d), span)
@@ -135,11 +161,25 @@ class CompressedCache:
         return self.c_k.nbytes + self.c_v.nbytes
 
 
+class Static(NamedTuple):
+    """A cache that is asked for one token at place `at`, a tensor (1,): no shape tells where."""
+
+    cache: "FullCache | CompressedCache | BiBranchCache"
+    at: torch.Tensor
+
+    def attend(self, q, k, v, rope):
+        return self.cache.decode(q, k, v, rope, self.at)
+
+    @property
+    def capacity(self) -> int:
+        return self.cache.capacity
+
+
 class Latents:
     """A growing list of latents (B, S, d_c), kept as they come."""
 
     def __init__(self, B, capacity, d_c, like):
-        self.c, self.n = like.new_empty(B, capacity, d_c), 0
+        self.c, self.n = like.new_zeros(B, capacity, d_c), 0
 
     def append(self, c):
         self.c[:, self.n:self.n + c.shape[1]] = c
@@ -147,6 +187,15 @@ class Latents:
 
     def read(self, span):
         return self.c[:, span]
+
+    def put(self, c, at):
+        """Append c (B, 1, d_c) at place `at`, a tensor (1,)."""
+        self.c[:, at] = c
+
+    def whole(self, at):
+        """The whole buffer (B, S, d_c), its places (S,), and which are filled up to place `at`."""
+        places = torch.arange(self.c.shape[1], device=at.device)
+        return self.c, places, places <= at
 
     @property
     def nbytes(self) -> int:
@@ -184,10 +233,10 @@ class Latents4:
     """
 
     def __init__(self, B, capacity, d_c, like):
-        groups = capacity // GROUP
-        self.packed = like.new_empty(B, groups * GROUP // 2, d_c, dtype=torch.uint8)
-        self.low, self.step = like.new_empty(2, B, groups, 1, d_c)
-        self.waiting, self.n = like.new_empty(B, min(GROUP, capacity), d_c), 0
+        self.capacity, groups = capacity, capacity // GROUP
+        self.packed = like.new_zeros(B, groups * GROUP // 2, d_c, dtype=torch.uint8)
+        self.low, self.step = like.new_zeros(2, B, groups, 1, d_c)
+        self.waiting, self.n = like.new_zeros(B, min(GROUP, capacity), d_c), 0
 
     def append(self, c):
         done, held = self.n // GROUP, self.n % GROUP
@@ -212,6 +261,27 @@ class Latents4:
         late = slice(max(0, span.start - done * GROUP), max(0, span.stop - done * GROUP))
         return torch.cat((old[:, :span.stop - span.start], self.waiting[:, late]), 1)
 
+    def put(self, c, at):
+        """Append c (B, 1, d_c) at place `at`; the group it is in is written when it is full."""
+        self.waiting[:, at % GROUP] = c
+        if groups := self.low.shape[1]:
+            full, group = (at + 1) % GROUP == 0, (at // GROUP).clamp(max=groups - 1)
+            codes, low, step = quantize(self.waiting)
+            half = group * GROUP // 2 + torch.arange(GROUP // 2, device=at.device)
+            for store, i, x in ((self.packed, half, codes[:, ::2] | codes[:, 1::2] << 4),
+                                (self.low, group, low), (self.step, group, step)):
+                store[:, i] = torch.where(full.view(-1, *[1] * (x.dim() - 2)), x, store[:, i])
+
+    def whole(self, at):
+        """All groups and the waiting tokens (B, S, d_c), their places, which are filled [0, at]."""
+        old, new = (torch.arange(n, device=at.device)
+                    for n in (2 * self.packed.shape[1], self.waiting.shape[1]))
+        done = (at + 1) // GROUP * GROUP
+        codes = torch.stack((self.packed & 15, self.packed >> 4), 2).flatten(1, 2)
+        c = torch.cat((dequantize(codes, self.low, self.step), self.waiting), 1)
+        places = torch.cat((old, (done + new).clamp(max=self.capacity - 1)))
+        return c, places, torch.cat((old < done, done + new <= at))
+
     @property
     def nbytes(self) -> int:
         return self.packed.nbytes + self.low.nbytes + self.step.nbytes + self.waiting.nbytes
@@ -233,9 +303,9 @@ class BiBranchCache:
         G, store = K.up.shape[0] // d, {16: Latents, 4: Latents4}[bits]
         self.K, self.V, self.d, self.bits, self.strict = K, V, d, bits, strict
         self.sinks, self.window, self.capacity, self.n = sinks, window, capacity, 0
-        self.sink_k, self.sink_v = K.down.new_empty(2, B, min(sinks, capacity), G, d)
+        self.sink_k, self.sink_v = K.down.new_zeros(2, B, min(sinks, capacity), G, d)
         slots, between = min(window, max(0, capacity - sinks)), max(0, capacity - sinks - window)
-        self.ring_k, self.ring_v = K.down.new_empty(2, B, slots, G, d)
+        self.ring_k, self.ring_v = K.down.new_zeros(2, B, slots, G, d)
         self.c_k, self.c_v = store(B, between, K.d_c, K.down), store(B, between, V.d_c, V.down)
 
     def attend(self, q, k, v, rope):
@@ -301,6 +371,28 @@ class BiBranchCache:
             o = o + self.V.heads(c, self.d)
         return o
 
+    def decode(self, q, k, v, rope, at):
+        place = at - self.sinks
+        slot, gone = place % max(1, self.window), place - self.window
+        for ring, x, store, basis in ((self.ring_k, k, self.c_k, self.K),
+                                      (self.ring_v, v, self.c_v, self.V)):
+            store.put(basis.shrink(ring[:, slot] if self.window else x), gone)
+            if self.window:
+                ring[:, slot] = x
+        ring = at - (slot - torch.arange(self.window, device=at.device)) % max(1, self.window)
+        (c_k, places, filled), (c_v, *_) = self.c_k.whole(gone), self.c_v.whole(gone)
+        q, exact = rope(q, at), (rope(self.sink_k, slice(0, self.sinks)), rope(self.ring_k, ring))
+        late = rebuilt_scores(q, c_k, self.K, self.sinks + places, rope).where(filled, -torch.inf)
+        p = softmax(torch.cat((scores(q, torch.cat(exact, 1)), late), -1))
+        exact = torch.cat((self.sink_v, self.ring_v), 1)
+        o = mix(p[..., :exact.shape[1]], exact)
+        return o + self.V.heads(einsum("bths,bsc->bthc", p[..., exact.shape[1]:], c_v), self.d)
+
+    @property
+    def settled(self) -> bool:
+        """Whether decode can take over: sinks and window are full."""
+        return self.n >= self.sinks + self.window
+
     def everything(self, rope):
         """Keys, rotated, and values of all that is held, at full width, branch by branch."""
         first, between, ring = self.branches()
@@ -312,30 +404,29 @@ class BiBranchCache:
         return keys, values
 
     def score(self, q, k, v, rope):
-        """The decode regime for a whole text in one pass, by masks: q rotated, k and v not."""
+        """The decode regime for a whole text in one pass, by masks: q rotated, k and v not.
+
+        All keys stand side by side, exact, as latents, and as latents in 4 bits; each query sees
+        each token once, in the kind in which that token is held when the query comes.
+        """
         T, at = q.shape[1], slice(0, q.shape[1])
-        c_k, c_v = self.K.shrink(k[:, self.sinks:]), self.V.shrink(v[:, self.sinks:])
+        late = slice(min(self.sinks, T), T)
+        c_k, c_v = self.K.shrink(k[:, late]), self.V.shrink(v[:, late])
         stored = [(c_k, c_v)]
         if self.bits == 4:                                         # gradients pass straight through
             stored.append(tuple(c + (round_trip(c) - c).detach() for c in (c_k, c_v)))
-
-        def whole(c, basis):                                     # the sinks' places are never read
-            return F.pad(basis.expand(c, self.d), (0, 0, 0, 0, self.sinks, 0))[:, :T]
-        kinds = [(rope(k, at), v)]                                 # exact, latent, latent in 4 bits
-        kinds += [(rope(whole(c_k, self.K), at), whole(c_v, self.V)) for c_k, c_v in stored]
-        j = torch.arange(T, device=q.device)
-        group_end = self.sinks + ((j - self.sinks) // GROUP + 1) * GROUP
-        answers = []
-        for rows in j.split(256):
-            i = rows[:, None]
-            kind = ((j >= self.sinks) & (j <= i - self.window)).long()
-            if self.bits == 4:
-                kind += (kind == 1) & (group_end <= i + 1 - self.window)
-            of = [(kind == n)[:, None] for n in range(len(kinds))]
-            s = sum(mask * scores(q[:, rows], key) for mask, (key, _) in zip(of, kinds))
-            p = softmax(s.masked_fill((j > i)[:, None], -torch.inf))
-            answers.append(sum(mix(p * mask, value) for mask, (_, value) in zip(of, kinds)))
-        return torch.cat(answers, 1)
+        keys = [rope(k, at)] + [rope(self.K.expand(c, self.d), late) for c, _ in stored]
+        values = [v] + [self.V.expand(c, self.d) for _, c in stored]
+        keys, values = torch.cat(keys, 1), torch.cat(values, 1)
+        i, j = torch.arange(T, device=q.device)[:, None], torch.arange(T, device=q.device)
+        kind = ((j >= self.sinks) & (j <= i - self.window)).long()                # (T, T)
+        if self.bits == 4:
+            group_end = self.sinks + ((j - self.sinks) // GROUP + 1) * GROUP
+            kind += (kind == 1) & (group_end <= i + 1 - self.window)
+        seen = torch.cat([(kind == 0) & (j <= i)]
+                         + [(kind == n + 1)[:, late] for n in range(len(stored))], 1)
+        parts = [attention(q[:, rows], keys, values, seen[rows]) for rows in i[:, 0].split(512)]
+        return torch.cat(parts, 1)
 
     @property
     def nbytes(self) -> int:

@@ -35,13 +35,13 @@ from pathlib import Path
 
 def heavy_imports():
     """torch takes a second or two: --help and a mistyped flag are answered before it is needed."""
-    global torch, F, tqdm, model, Basis, BiBranchCache, CompressedCache, FullCache
+    global torch, F, tqdm, model, Basis, BiBranchCache, CompressedCache, FullCache, Static
     import torch
     import torch.nn.functional as F
     from tqdm import tqdm
 
     import model
-    from cache import Basis, BiBranchCache, CompressedCache, FullCache
+    from cache import Basis, BiBranchCache, CompressedCache, FullCache, Static
 
 
 # Sec. 4.1: one layer -----------------------------------------------------------------------------
@@ -241,18 +241,60 @@ def sample(logits, temperature, top_p, generator):
     return order.gather(-1, torch.multinomial(p, 1, generator=generator))
 
 
-def generate(llama, caches, tokens, n, ends=(), temperature=0.0, top_p=1.0, seed=0):
+def generate(llama, caches, tokens, n, ends=(), temperature=0.0, top_p=1.0, seed=0, compile=False):
     """Yield up to n tokens that follow `tokens` (1, T), the end token, if one comes, included.
 
     The first comes after prefill. The caches must have room for T + n - 1 tokens.
     """
+    def step(tokens):
+        return llama.head(llama.hidden(tokens, caches)[:, -1])
     generator = torch.Generator(tokens.device).manual_seed(seed)
     for left in range(n, 0, -1):
-        logits = finite(llama.head(llama.hidden(tokens, caches)[:, -1]))
+        logits = finite(step(tokens))
+        if compile and all(cache.settled for cache in caches):
+            step, compile = compiled(llama, caches), False
         tokens = sample(logits, temperature, top_p, generator)
         yield (token := tokens.item())
         if token in ends:
             return
+
+
+def compiled(llama, caches):
+    """The decode step, tokens (B, 1) -> logits (B, V), for every place after what the caches hold.
+
+    No shape tells the place, a tensor does: what is compiled once serves to the end. On CUDA the
+    first call compiles, the second records all kernels as one graph, later ones launch it.
+    Raises UserError where there is no compiler.
+    """
+    device, graph, logits = llama.embed.weight.device, None, None
+    tuning = {"coordinate_descent_tuning": True} if device.type == "cuda" else {}
+    block = torch.compile(model.Block.__call__, options=tuning)
+    at = torch.tensor([caches[0].n], device=device)
+    steps, tokens = [Static(cache, at) for cache in caches], None
+
+    def step():
+        h = llama.hidden(tokens, steps, block)
+        at.add_(1)
+        return llama.head(h[:, -1])
+
+    def decode(new):
+        nonlocal graph, logits, tokens
+        if tokens is None:
+            tokens = new.clone()
+            try:
+                return step()
+            except torch._dynamo.exc.TorchDynamoException as e:
+                raise model.UserError(f"--compile does not work here: {str(e):.200}") from None
+        tokens.copy_(new)
+        if device.type != "cuda":
+            return step()
+        if graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits = step()
+        graph.replay()
+        return logits
+    return decode
 
 
 def negative_log_likelihood(llama, tokens, context, make_caches):
@@ -368,7 +410,7 @@ def within(kind, low, high, what):
 
 
 PLAN_FLAGS = "kept d_min threshold schedule skip split basis calibrate".split()
-SPEAK_FLAGS = "max_new_tokens temperature top_p seed chat".split()
+SPEAK_FLAGS = "max_new_tokens temperature top_p seed chat compile".split()
 DEFAULTS = {"cache": "compressed", "kept": 0.6, "threshold": math.inf, "skip": 0, "split": 0.0,
             "sinks": 4, "window": 32, "bits": 16, "max_new_tokens": 128, "temperature": 0.0,
             "top_p": 1.0, "seed": 0}
@@ -427,6 +469,8 @@ def command_line():
          help="Draw from the smallest set of tokens with this probability. Default: 1.")
     flag("--seed", type=count, metavar="N", help="Default: 0.")
     flag("--chat", action="store_true", help="Wrap the prompt in the model's own chat template.")
+    flag("--compile", action="store_true",
+         help="Compile the decode step: slow to start, then fast; on CUDA one graph.")
     flag("--context", type=more, metavar="N",
          help="Window length for --perplexity. Default: the model's maximum.")
     flag("--max-tokens", type=more, metavar="N", help="Score only the first N tokens.")
@@ -558,7 +602,8 @@ def speak(args, llama, tokenizer, ids, caches, bases, write):
     stream, out, tokens, errors = model.Stream(tokenizer, ids), [], [], []
     start, marks = torch.tensor([ids], device=llama.embed.weight.device), [time.perf_counter()]
     n, status = caches[0].capacity + 1 - len(ids), "ok"
-    steps = generate(llama, caches, start, n, tokenizer.ends, args.temperature, args.top_p, args.seed)
+    steps = generate(llama, caches, start, n, tokenizer.ends, args.temperature, args.top_p, args.seed,
+                     args.compile)
     try:
         with measuring(llama, bases) as errors:
             tokens.append(next(steps))                                     # prefill

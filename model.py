@@ -233,12 +233,12 @@ class Llama(nn.Module):
         if config.tied:
             self.head.weight = self.embed.weight
 
-    def hidden(self, tokens, caches):
+    def hidden(self, tokens, caches, block=Block.__call__):
         """tokens (B, T) following what the caches hold -> last hidden states (B, T, D), normed."""
         x = self.embed(tokens)                                     # (B, T, D)
         self.rope.reserve(caches[0].capacity, x)
         for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer(x, cache, self.rope)
+            x = block(layer, x, cache, self.rope)
         return self.norm(x)
 
     def forward(self, tokens, caches):

@@ -7,6 +7,7 @@ over); parity (an independent implementation); must fail (a counterexample to a 
 import functools
 import json
 import math
+import shutil
 import os
 import re
 import subprocess
@@ -614,6 +615,22 @@ def test_a_real_model_says_the_same_token_by_token(real, kind):
     assert close(torch.cat([llama(t, caches) for t in tokens.split(1, 1)], 1), want, scale=5)
 
 
+@pytest.mark.parametrize("kind", ["full", "compressed", "bibranch"])
+def test_a_compiled_step_says_the_same_and_is_compiled_once(small, kind, monkeypatch):
+    """--compile: the same tokens as the eager loop, and nothing is compiled again as places go by.
+
+    All three are traced; the largest is translated to C++ too, where there is a compiler."""
+    if kind != "bibranch" or not shutil.which("g++"):
+        monkeypatch.setattr(torch, "compile", lambda f, **kw: torch._dynamo.optimize("eager")(f))
+    bases, ids = lorc.lorc(small, kept=0.5, schedule="uniform")[1], torch.arange(12)[None]
+    options = {"sinks": 2, "window": 4, "bits": 4} if kind == "bibranch" else {}
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        eager, compiled = (list(lorc.generate(small, lorc.new_caches(small, kind, 51, bases, **options), ids, 40,
+                                              compile=compile)) for compile in (False, True))
+    assert eager == compiled
+
+
 def test_the_whole_model_equals_one_with_smaller_weights(real):
     """Compressing the cache = replacing Wk by U U^T Wk and Wv by U U^T Wv, nothing else."""
     llama, _, tokens = real
@@ -769,6 +786,28 @@ def test_scoring_a_text_in_one_pass_is_decoding_it_token_by_token(data, sinks, w
     K, V = (random_basis(data.draw, G * d, g) for _ in range(2))
     make = lambda **more: BiBranchCache(B, T, K, V, d, sinks=sinks, window=window, bits=bits, **more)  # noqa: E731
     assert close(make(strict=True).attend(q, k, v, rope), feed(make(), rope, q, k, v, [1] * T))
+
+
+@settings(max_examples=8)
+@given(st.data(), st.integers(0, 3), st.integers(0, 40), st.integers(45, 110))
+def test_the_static_decode_step_is_the_eager_one(data, sinks, window, T):
+    """Every cache, at every place after sinks and window are full: what --compile compiles.
+    Kills: a slot, place or group edge off by one; a mask that shows what is not there."""
+    G, d, B, g = 2, 4, 2, torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    rope = model.Rope(model.Config(9, 8, 1, 4, G, d, 8, 512, 1e-5, True, {"type": "default", "theta": 100.0}))
+    q, k, v = (torch.randn(B, T, h, d, generator=g, dtype=torch.float64) for h in (4, G, G))
+    rope.reserve(T, q)
+    K, V = (random_basis(data.draw, G * d, g) for _ in range(2))
+    for make in (lambda: FullCache(B, T, G, d, torch.float64), lambda: CompressedCache(B, T, K, V, d),
+                 *(lambda bits=bits: BiBranchCache(B, T, K, V, d, sinks, window, bits) for bits in (16, 4))):
+        eager, static, first = make(), make(), sinks + window
+        for store in (eager, static) if first else ():
+            feed(store, rope, q[:, :first], k[:, :first], v[:, :first], [first])
+        assert static.settled
+        for t in range(first, T):
+            one = [x[:, t:t + 1] for x in (q, k, v)]
+            got = cache.Static(static, torch.tensor([t])).attend(*one, rope)
+            assert close(got, eager.attend(*one, rope))
 
 
 @given(attentions(), st.data())
