@@ -20,6 +20,7 @@ larger than what they replace, [E5]), or training.
     python lorc.py --prompt "Once upon a time"
     python lorc.py --model PATH --prompt "..." --compare
     python lorc.py --model PATH --plan
+    torchrun --nproc-per-node 2 lorc.py --model PATH --prompt "..."      layers over two processes
 """
 import argparse
 import itertools
@@ -682,7 +683,8 @@ def report(args, plan, runs, seconds):
         spent = seconds | {"prefill": r["prefill"], "decode": r["decode"]}
         print(f"{c['kind']} cache: {size(c['bytes'])} held ({c['bytes']:,} bytes), a full one would hold "
               f"{size(c['full_bytes'])} ({c['full_bytes']:,}): {c['bytes'] / c['full_bytes']:.1%}\n"
-              f"{r['tokens']} tokens; seconds: " + ", ".join(f"{k} {s:.2f}" for k, s in spent.items()),
+              f"{r['tokens']} tokens; seconds: " + ", ".join(f"{k} {s:.2f}" for k, s in spent.items())
+              + ("\npeak memory: " + ", ".join(map(size, c["memory"])) if "memory" in c else ""),
               file=sys.stderr)
     for status in sorted({r["status"] for r in runs} - {"ok"}):
         print({"context": "stopped at the model's context: it was made for no more positions",

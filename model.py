@@ -236,7 +236,8 @@ class Llama(nn.Module):
         super().__init__()
         self.config, self.rope = config, Rope(config)
         self.before = self.after = None                            # the neighbouring processes
-        self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab, config.width), freeze=False)
+        table = torch.empty(config.vocab, config.width)            # else drawn, which loads a compiler
+        self.embed = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, config.eps)
         self.head = nn.Linear(config.width, config.vocab, bias=False)
@@ -443,8 +444,7 @@ def load(folder, dtype=None, device="cpu") -> Llama:
     config = read_config(folder)
     files, (rank, n) = find_tensors(folder), place()
     if n > config.layers:
-        raise UserError(f"{n} processes for {config.layers} layers: give torchrun at most "
-                        f"--nproc-per-node {config.layers}")
+        raise UserError(f"{n} processes for {config.layers} layers: each needs one; start fewer")
     with torch.device("meta"):
         model = Llama(config)
     wanted = {name: p.shape for name, p in model.named_parameters()}
