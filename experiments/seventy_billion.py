@@ -34,7 +34,7 @@ FLAGS = ["--compare", "--kept", "0.5", "--schedule", "uniform", "--bits", "4"]
 def raw_config(args, free):
     """config.json of LLaMA-3-70B, narrower if asked, with no more layers than `free` bytes hold."""
     layer, ends = 25.5 * args.width**2, 4 * args.vocab * args.width      # bytes in bfloat16
-    fit = int((free - ends - 2**31) // layer)
+    fit = int((free - ends - 2**32) // layer)
     return {"model_type": "llama", "vocab_size": args.vocab, "hidden_size": args.width,
             "num_hidden_layers": min(args.layers, fit), "num_attention_heads": 64,
             "num_key_value_heads": 8, "intermediate_size": args.width * 7 // 2,
