@@ -20,6 +20,7 @@ larger than what they replace, [E5]), or training.
     python lorc.py --prompt "Once upon a time"
     python lorc.py --model PATH --prompt "..." --compare
     python lorc.py --model PATH --plan
+    torchrun --nproc-per-node 2 lorc.py --model PATH --prompt "..."      layers over two processes
 """
 import argparse
 import itertools
@@ -157,6 +158,7 @@ def lorc(llama, kept=0.6, d_min=None, threshold=math.inf, schedule="progressive"
     d_max, moments = llama.config.kv_width, moments or [None] * len(weights)
     kappa = [(log_kappa(Wk), log_kappa(Wv))                                        # l. 3
              for Wk, Wv in tqdm(weights, "kappa", unit=" layers", leave=False, disable=None)]
+    kappa, own = model.gather(kappa), model.share(llama.config.layers)
     log_tilde = log_kappa_tilde([k + v for k, v in kappa])                         # l. 1-5
     full = [x > threshold or layer < skip for layer, x in enumerate(log_tilde)]    # l. 8-11
 
@@ -166,7 +168,7 @@ def lorc(llama, kept=0.6, d_min=None, threshold=math.inf, schedule="progressive"
     bases = [None if d_k == d_v == d_max else
              (basis(Wk, d_k, C), basis(Wv, d_v, C))                                # l. 12-14, 16-18
              for (Wk, Wv), (d_k, d_v), C in zip(tqdm(weights, "bases", unit=" layers", leave=False,
-                                                     disable=None), plan.ranks, moments)]
+                                                     disable=None), plan.ranks[own], moments)]
     return plan, bases                        # l. 15, 19 not taken [E4], [E5]; l. 20: the caches
 
 
@@ -208,7 +210,7 @@ def calibrated_moments(llama, tokens, kind, sinks=4, context=1024, windows=32):
 
 def new_caches(llama, kind, capacity, bases=None, B=1, **bibranch):
     """One empty cache a layer: full, compressed or bibranch; full where the layer has no basis."""
-    c, like = llama.config, llama.embed.weight
+    c, like = llama.config, llama.norm.weight
 
     def cache(pair):
         if pair is None or kind == "full":
@@ -216,13 +218,13 @@ def new_caches(llama, kind, capacity, bases=None, B=1, **bibranch):
         if kind == "compressed":
             return CompressedCache(B, capacity, *pair, c.head_dim)
         return BiBranchCache(B, capacity, *pair, c.head_dim, **bibranch)
-    return [cache(pair) for pair in bases or [None] * c.layers]
+    return [cache(pair) for pair in bases or [None] * len(llama.layers)]
 
 
 def full_bytes(llama, capacity, B=1):
     """Bytes of a full cache: Eq. 4 for K and for V [E14], times layers and bytes of a number."""
     c = llama.config
-    return 2 * B * capacity * c.kv_width * c.layers * llama.embed.weight.element_size()
+    return 2 * B * capacity * c.kv_width * c.layers * llama.norm.weight.element_size()
 
 
 def finite(logits):
@@ -247,13 +249,17 @@ def generate(llama, caches, tokens, n, ends=(), temperature=0.0, top_p=1.0, seed
     The first comes after prefill. The caches must have room for T + n - 1 tokens.
     """
     def step(tokens):
-        return llama.head(llama.hidden(tokens, caches)[:, -1])
+        h = llama.hidden(tokens, caches)
+        return h if h is None else llama.head(h[:, -1])            # None: not the last process
     generator = torch.Generator(tokens.device).manual_seed(seed)
     for left in range(n, 0, -1):
-        logits = finite(step(tokens))
+        logits = step(tokens)
         if compile and all(cache.settled for cache in caches):
             step, compile = compiled(llama, caches), False
-        tokens = sample(logits, temperature, top_p, generator)
+        tokens = tokens.new_empty(len(tokens), 1)
+        if logits is not None:
+            tokens = sample(finite(logits), temperature, top_p, generator)
+        tokens = model.from_last(tokens)
         yield (token := tokens.item())
         if token in ends:
             return
@@ -266,7 +272,7 @@ def compiled(llama, caches):
     first call compiles, the second records all kernels as one graph, later ones launch it.
     Raises UserError where there is no compiler.
     """
-    device, graph, logits = llama.embed.weight.device, None, None
+    device, graph, logits = llama.norm.weight.device, None, None
     tuning = {"coordinate_descent_tuning": True} if device.type == "cuda" else {}
     block = torch.compile(model.Block.__call__, options=tuning)
     at = torch.tensor([caches[0].n], device=device)
@@ -302,13 +308,13 @@ def negative_log_likelihood(llama, tokens, context, make_caches):
     nats = count = 0
     bar = tqdm(total=len(tokens), desc="scoring", unit=" tokens", leave=False, disable=None)
     for x in tokens.split(context):
-        h = llama.hidden(x[None], make_caches(len(x)))[0]
-        for h, y in zip(h[:-1].split(256), x[1:].split(256)):
+        h = llama.hidden(x[None], make_caches(len(x)))
+        for h, y in zip(h[0, :-1].split(256), x[1:].split(256)) if h is not None else ():
             nats += F.cross_entropy(finite(llama.head(h)).float(), y, reduction="sum").item()
         count += len(x) - 1
         bar.update(len(x))
     bar.close()
-    return nats, count
+    return sum(model.gather([nats])), count
 
 
 @contextmanager
@@ -338,13 +344,16 @@ def measuring(llama, bases):
 def fingerprint(llama):
     """What ties bases to a model: its shape in words, some numbers of every Wk and Wv (2L, 16)."""
     rows = [W.weight[0, :16] for layer in llama.layers for W in (layer.attn.Wk, layer.attn.Wv)]
-    return repr(llama.config), torch.stack(rows).float().cpu()
+    return repr(llama.config), torch.stack(model.gather([row.float().cpu() for row in rows]))
 
 
 def save_bases(folder, llama, plan, bases, method):
     """Write bases and plan to folder/bases.safetensors: whole or not at all. Raises UserError."""
     from safetensors.torch import save_file
     shape, numbers = fingerprint(llama)
+    bases = model.gather([pair and [Basis(*(x.cpu() for x in b)) for b in pair] for pair in bases])
+    if model.place()[0] > 0:
+        return
     tensors = {f"layers.{i}.{kind}.{part}": x.contiguous() for i, pair in enumerate(bases) if pair
                for kind, b in zip("kv", pair) for part, x in b._asdict().items()}
     about = {"model": shape, "method": method, "kept": repr(plan.kept),
@@ -366,6 +375,7 @@ def load_bases(folder, llama):
     """The plan and the bases in folder/bases.safetensors. Raises UserError if they do not fit."""
     from safetensors import safe_open
     path, L, d_max = Path(folder) / "bases.safetensors", llama.config.layers, llama.config.kv_width
+    own = model.share(L)
     try:
         with safe_open(path, "pt") as f:
             about, tensors = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}
@@ -376,11 +386,11 @@ def load_bases(folder, llama):
             raise model.UserError(f"{path} was made for another model; make new ones with --save")
         good = len(kappa) == len(ranks) == L and all(type(x) is float for pair in kappa for x in pair)
         good &= all(type(x) is int and 1 <= x <= d_max for pair in ranks for x in pair)
-        bases = [tuple(Basis(*(tensors[f"layers.{i}.{kind}.{part}"].to(llama.embed.weight)
+        bases = [tuple(Basis(*(tensors[f"layers.{i}.{kind}.{part}"].to(llama.norm.weight)
                                for part in Basis._fields)) for kind in "kv")
-                 if pair != (d_max, d_max) else None for i, pair in enumerate(ranks)]
+                 if pair != (d_max, d_max) else None for i, pair in list(enumerate(ranks))[own]]
         good &= all(b.down.shape == b.up.T.shape == (d_c, d_max) and (b.down @ b.up).isfinite().all()
-                    for pair, dims in zip(bases, ranks) if pair for b, d_c in zip(pair, dims))
+                    for pair, dims in zip(bases, ranks[own]) if pair for b, d_c in zip(pair, dims))
     except model.UserError:
         raise
     except Exception as e:                          # anything at all can be wrong with a file
@@ -395,6 +405,9 @@ def load_bases(folder, llama):
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         """One line, without the usage: what is wrong and where to look."""
+        if os.environ.get("RANK", "0") != "0":          # torchrun: the first says it for all
+            time.sleep(1)
+            self.exit(2)
         self.exit(2, f"lorc: {' '.join(message.split())} (see --help)\n")
 
 
@@ -533,7 +546,16 @@ def read_text(path):
 def open_model(args):
     """The model and its tokenizer, on the device and in the dtype asked for. Raises UserError."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if model.place()[1] > 1 and args.compile:
+        raise model.UserError("--compile is for one process; leave it out under torchrun")
+    if model.place()[1] > 1 and device.startswith("cuda"):
+        if device != "cuda":
+            raise model.UserError(f"--device {device} is one card, and torchrun gives each process "
+                                  "its own; write --device cuda")
+        device += f":{os.environ['LOCAL_RANK']}"
     try:
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()
     except Exception as e:
         raise model.UserError(f"--device {device} cannot be used: {str(e):.100}") from None
@@ -558,7 +580,6 @@ def read_prompt(args, llama, tokenizer, prompt):
 
 def read_score(args, llama, tokenizer):
     """Token ids of the --perplexity text. Raises UserError when it cannot be scored as asked."""
-    args.context = args.context or llama.config.context
     if args.context > llama.config.context:
         raise model.UserError(f"--context {args.context} is beyond the model's "
                               f"{llama.config.context} positions")
@@ -566,6 +587,13 @@ def read_score(args, llama, tokenizer):
     if len(tokens) < 2:
         raise model.UserError(f"{args.perplexity} is too short to score")
     return tokens
+
+
+def read_jobs(args, llama, tokenizer):
+    """Token ids of each --prompt, or of the --perplexity text."""
+    if args.perplexity is not None:
+        return [read_score(args, llama, tokenizer)]
+    return [read_prompt(args, llama, tokenizer, p) for p in args.prompt or []]
 
 
 def choose_bases(args, llama, tokenizer):
@@ -578,13 +606,14 @@ def choose_bases(args, llama, tokenizer):
     if args.basis == "norm":
         moments = norm_moments(llama)
     if args.calibrate is not None:
-        tokens, context = tokenizer.encode(read_text(args.calibrate)), min(1024, llama.config.context)
+        tokens = model.from_first(lambda: tokenizer.encode(read_text(args.calibrate)))
+        context = min(1024, llama.config.context)
         usable = sum(max(0, min(context, len(tokens) - i) - args.sinks)
                      for i in range(0, len(tokens), context))
         if usable < d_max:
             raise model.UserError(f"{args.calibrate} gives {usable} tokens after the sinks of each "
                                   f"window; calibrating needs {d_max}, and gains from 30,000")
-        tokens = torch.tensor(tokens, device=llama.embed.weight.device)
+        tokens = torch.tensor(tokens, device=llama.norm.weight.device)
         moments = calibrated_moments(llama, tokens, args.basis, args.sinks, context)
     return lorc(llama, args.kept, args.d_min, args.threshold, args.schedule, args.skip, args.split,
                 moments)
@@ -592,15 +621,17 @@ def choose_bases(args, llama, tokenizer):
 
 def held(llama, caches, kind, plan):
     """Bytes of the buffers held, of a full cache for as many tokens, and the plan's fraction."""
-    return {"kind": kind, "bytes": sum(c.nbytes for c in caches),
+    peak = [torch.cuda.max_memory_allocated()] if llama.norm.weight.is_cuda else []
+    return {"kind": kind, "bytes": sum(model.gather([c.nbytes for c in caches])),
             "full_bytes": full_bytes(llama, caches[0].capacity),
-            "kept": 1.0 if kind == "full" else plan.kept}
+            "kept": 1.0 if kind == "full" else plan.kept} | (
+                {"memory": model.gather(peak)} if peak else {})
 
 
 def speak(args, llama, tokenizer, ids, caches, bases, write):
     """Continue one prompt; `write` is given the text as it comes. Returns what happened."""
     stream, out, tokens, errors = model.Stream(tokenizer, ids), [], [], []
-    start, marks = torch.tensor([ids], device=llama.embed.weight.device), [time.perf_counter()]
+    start, marks = torch.tensor([ids], device=llama.norm.weight.device), [time.perf_counter()]
     n, status = caches[0].capacity + 1 - len(ids), "ok"
     steps = generate(llama, caches, start, n, tokenizer.ends, args.temperature, args.top_p, args.seed,
                      args.compile)
@@ -636,8 +667,10 @@ def run_one(args, llama, tokenizer, kind, job, plan, bases, write):
     """One prompt, or the text to score, under one cache: what happened, and what was held."""
     bases = bases if kind != "full" else [None] * len(bases)
     options = {"sinks": args.sinks, "window": args.window, "bits": args.bits}
+    if llama.norm.weight.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
     if args.perplexity is not None:
-        job = torch.tensor(job, device=llama.embed.weight.device)
+        job = torch.tensor(job, device=llama.norm.weight.device)
 
         def make(capacity):
             return new_caches(llama, kind, capacity, bases, strict=True, **options)
@@ -647,18 +680,17 @@ def run_one(args, llama, tokenizer, kind, job, plan, bases, write):
         n = min(args.max_new_tokens, llama.config.context - len(job) + 1)
         caches = new_caches(llama, kind, len(job) + n - 1, bases, **options)
         result = speak(args, llama, tokenizer, job, caches, bases, write)
-    return result | {"cache": held(llama, caches, kind, plan)}
+    return result | {"errors": model.gather(result["errors"]), "cache": held(llama, caches, kind, plan)}
 
 
 def run(args):
     """One command, from the model's folder to the report. Returns the exit status."""
     marks, plan, runs = [time.perf_counter()], None, []
     llama, tokenizer = open_model(args)
+    args.context = args.context or llama.config.context
+    jobs = model.from_first(lambda: read_jobs(args, llama, tokenizer))
     marks.append(time.perf_counter())
-    jobs = [read_prompt(args, llama, tokenizer, p) for p in args.prompt or []]
-    if args.perplexity is not None:
-        jobs = [read_score(args, llama, tokenizer)]
-    bases = [None] * llama.config.layers
+    bases = [None] * len(llama.layers)
     if args.cache != "full" or args.compare or args.plan or args.save is not None:
         plan, bases = choose_bases(args, llama, tokenizer)
     marks.append(time.perf_counter())
@@ -699,7 +731,8 @@ def report(args, plan, runs, seconds):
         spent = seconds | {"prefill": r["prefill"], "decode": r["decode"]}
         print(f"{c['kind']} cache: {size(c['bytes'])} held ({c['bytes']:,} bytes), a full one would hold "
               f"{size(c['full_bytes'])} ({c['full_bytes']:,}): {c['bytes'] / c['full_bytes']:.1%}\n"
-              f"{r['tokens']} tokens; seconds: " + ", ".join(f"{k} {s:.2f}" for k, s in spent.items()),
+              f"{r['tokens']} tokens; seconds: " + ", ".join(f"{k} {s:.2f}" for k, s in spent.items())
+              + ("\npeak memory: " + ", ".join(map(size, c["memory"])) if "memory" in c else ""),
               file=sys.stderr)
     for status in sorted({r["status"] for r in runs} - {"ok"}):
         print({"context": "stopped at the model's context: it was made for no more positions",
@@ -790,7 +823,7 @@ def main(argv=None):
     try:
         heavy_imports()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), model.processes():
                 return run(args)
         except BrokenPipeError:                          # the reader, `| head` say, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -20,7 +20,7 @@ import pytest
 import torch
 from hypothesis import assume, find, given, settings, target
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import cache
 import lorc
@@ -719,6 +719,65 @@ def test_saved_bases_give_the_same_text_and_fit_no_other_model(tmp_path, capsys)
     other = write_checkpoint(tmp_path / "other", RAW)
     status, out, err = cli(capsys, "--model", other, "--prompt", "w1", "--bases", tmp_path / "b")
     assert status == 2 and "another model" in err and err.count("\n") == 1
+
+
+# Many processes ---------------------------------------------------------------------- by hand ---
+
+def logits_step_by_step(kind, **options):
+    """tiny/'s logits for a prompt of 80 tokens and 9 more, one by one; None but in the last process."""
+    llama = model.load(HERE / "tiny", torch.float32)
+    tokens = torch.randint(llama.config.vocab, (2, 89), generator=torch.Generator().manual_seed(0))
+    caches = lorc.new_caches(llama, kind, 89, lorc.lorc(llama, kept=0.6)[1], B=2, **options)
+    hidden = [llama.hidden(t, caches) for t in tokens.split([80] + 9 * [1], 1)]
+    return llama.head(torch.cat(hidden, 1)) if hidden[0] is not None else None
+
+
+def everything_in_these_processes(folder):
+    """Commands, whose JSON goes to standard output and bases to `folder`; returns logits by cache."""
+    ask, text = ["--prompt", "Once upon a time", "--max-new-tokens", "9"], str(HERE / "LICENSE")
+    for words in ([*ask, "--compare", "--temperature", "1", "--window", "3", "--bits", "4"],
+                  [*ask, "--calibrate", text, "--skip", "1", "--save", str(folder)], [*ask, "--bases", str(folder)],
+                  ["--perplexity", text, "--max-tokens", "300", "--context", "200", "--cache", "bibranch"],
+                  ["--plan"]):
+        parser = lorc.command_line()
+        lorc.run(lorc.settle(parser, parser.parse_args([*words, "--json"])))
+    caches = {"full": ("full", {}), "compressed": ("compressed", {}), "bibranch": ("bibranch", {}),
+              "4 bits": ("bibranch", {"bits": 4})}
+    return {name: logits_step_by_step(kind, **options)
+            for name, (kind, options) in caches.items()}
+
+
+def untimed(found):
+    return {name: x for name, x in found.items() if name != "seconds"}
+
+
+def one_of_two(folder):
+    """What torchrun starts: all of that, the last process's logits to a file, and then an error in both."""
+    def run(args, run=lorc.run):
+        lorc.run = run
+        found = everything_in_these_processes(folder)
+        if found["full"] is not None:
+            torch.save(found, Path(folder) / "logits")
+        return run(args)
+    lorc.run = run
+    return lorc.main(["--prompt", "Once", "--kept", "0.05"])
+
+
+def test_two_processes_say_what_one_says_bit_for_bit(tmp_path, capsys):
+    """Logits of every cache; texts, plans, errors, bytes, perplexity, saved bases. And a wrong flag gives one
+    line. Kills: a share that starts a layer late, errors or bytes of one process only, two that speak."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    want = everything_in_these_processes(one)
+    program = f"import sys, test_lorc; sys.exit(test_lorc.one_of_two({str(two)!r}))"
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           "--no-python", sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True)
+    said = [[json.loads(line, object_hook=untimed) for line in out.splitlines()] for out in (capsys.readouterr().out, done.stdout)]
+    assert len(said[0]) == 5 and said[1] == said[0], done.stderr
+    got = torch.load(two / "logits")
+    assert all(torch.equal(got[name], want[name]) for name in want) and len(want) == 4
+    saved = [load_file(folder / "bases.safetensors") for folder in (one, two)]
+    assert saved[0].keys() == saved[1].keys() and all(torch.equal(x, saved[1][name]) for name, x in saved[0].items())
+    assert done.stderr.count("lorc: ") == 1 and "lorc: --kept 0.05 cannot" in done.stderr and done.returncode == 1
 
 
 # CSKV: two branches, four bits --------------------------------------------------------- property ---
