@@ -32,10 +32,15 @@ GROUP = 32         # tokens that share one scale and one minimum in the 4-bit st
 
 
 class Basis(NamedTuple):
-    """The low-rank map of keys or of values in one layer: c = down k, k~ = up c."""
+    """The low-rank map of keys or of values in one layer: c = down k, k~ = up c.
 
-    down: torch.Tensor     # (d_c, G*d)
-    up: torch.Tensor       # (G*d, d_c)
+    Where the map commutes with the rotation, `turns` says which component of a head's frequencies
+    each number of a latent turns with; then latents are cached rotated and no key is rebuilt.
+    """
+
+    down: torch.Tensor                    # (d_c, G*d)
+    up: torch.Tensor                      # (G*d, d_c)
+    turns: torch.Tensor | None = None     # (d_c,), each in 0 .. d-1
 
     @property
     def d_c(self) -> int:
@@ -48,6 +53,27 @@ class Basis(NamedTuple):
     def expand(self, c, d):
         """Latents (B, S, d_c) -> k~ (B, S, G, d): all KV heads first, then the groups [E3]."""
         return F.linear(c, self.up).unflatten(-1, (-1, d))
+
+    def latents(self, k, rope, at):
+        """What is cached of keys k (B, T, G, d), not rotated, at places `at`: (B, T, d_c)."""
+        c = self.shrink(k)
+        return c if self.turns is None else rope(c[:, :, None], at, self.turns)[:, :, 0]
+
+    def keys(self, c, rope, at, d):
+        """k~ (B, S, G, d), rotated, of the cached latents of places `at`."""
+        return self.expand(c, d) if self.turns is not None else rope(self.expand(c, d), at)
+
+    def scores(self, q, c, rope, at):
+        """q . k~ / sqrt(d): q (B, T, H, d), rotated, and cached latents (B, S, d_c) -> (B, T, H, S).
+
+        In a basis that commutes, U goes to the query, once, as App. C wants; otherwise k~ is rebuilt.
+        """
+        d = q.shape[-1]
+        if self.turns is None:
+            return scores(q, self.keys(c, rope, at, d))
+        U = self.up.unflatten(0, (-1, d))                            # (G, d, d_c)
+        folded = einsum("btgrd,gdc->btgrc", q.unflatten(2, (len(U), -1)) * d**-0.5, U).flatten(2, 3)
+        return einsum("bthc,bsc->bths", folded, c)
 
     def heads(self, o, d):
         """Mixed latents (B, T, H, d_c) -> (B, T, H, d): Eq. 9, head i with its rows of U [E2]."""
@@ -76,10 +102,10 @@ def scores(q, k):
     return einsum("btgrd,bsgd->btgrs", q, k).flatten(2, 3)
 
 
-def rebuilt_scores(q, c, K, places, rope):
-    """q . k~ / sqrt(d) of rotated q (B, 1, H, d) and latents c (B, S, d_c) at `places` (S,)."""
-    d, size = q.shape[-1], max(1, 4 * BLOCK // len(q))     # fewer temporaries than uncompiled
-    return torch.cat([scores(q, rope(K.expand(part, d), at))
+def block_scores(q, c, K, places, rope):
+    """K.scores of one query and all latents c (B, S, d_c) at `places` (S,), by blocks."""
+    size = max(1, 4 * BLOCK // len(q))                     # fewer temporaries than uncompiled
+    return torch.cat([K.scores(q, part, rope, at)
                       for part, at in zip(c.split(size, 1), places.split(size))], -1)
 
 
@@ -136,25 +162,22 @@ class CompressedCache:
 
     def attend(self, q, k, v, rope):
         new = slice(self.n, self.n + q.shape[1])
-        self.c_k[:, new], self.c_v[:, new], self.n = self.K.shrink(k), self.V.shrink(v), new.stop
-        c_v = self.c_v[:, :self.n]
-        q = rope(q, new)
+        self.c_k[:, new] = self.K.latents(k, rope, new)
+        self.c_v[:, new], self.n = self.V.shrink(v), new.stop
+        c_k, c_v, q = self.c_k[:, :self.n], self.c_v[:, :self.n], rope(q, new)
         if q.shape[1] > 1:                           # many queries: rebuild once, attend fused
-            return attention(q, self.keys(slice(0, self.n), rope), self.V.expand(c_v, self.d))
+            keys = self.K.keys(c_k, rope, slice(0, self.n), self.d)
+            return attention(q, keys, self.V.expand(c_v, self.d))
         step = max(1, BLOCK // len(q))
         blocks = [slice(i, min(i + step, self.n)) for i in range(0, self.n, step)]
-        p = softmax(torch.cat([scores(q, self.keys(b, rope)) for b in blocks], -1))
+        p = softmax(torch.cat([self.K.scores(q, c_k[:, b], rope, b) for b in blocks], -1))
         return self.V.heads(einsum("bths,bsc->bthc", p, c_v), self.d)
 
     def decode(self, q, k, v, rope, at):
-        self.c_k[:, at], self.c_v[:, at] = self.K.shrink(k), self.V.shrink(v)
+        self.c_k[:, at], self.c_v[:, at] = self.K.latents(k, rope, at), self.V.shrink(v)
         places = torch.arange(self.capacity, device=at.device)
-        s = rebuilt_scores(rope(q, at), self.c_k, self.K, places, rope).where(places <= at, -torch.inf)
+        s = block_scores(rope(q, at), self.c_k, self.K, places, rope).where(places <= at, -torch.inf)
         return self.V.heads(einsum("bths,bsc->bthc", softmax(s), self.c_v), self.d)
-
-    def keys(self, span, rope):
-        """k~ of the tokens in span, rotated: (B, S, G, d)."""
-        return rope(self.K.expand(self.c_k[:, span], self.d), span)
 
     @property
     def nbytes(self) -> int:
@@ -314,14 +337,14 @@ class BiBranchCache:
         if self.strict:
             return self.score(q, k, v, rope)
         if q.shape[1] == 1:
-            self.remember(k, v)
+            self.remember(k, v, rope)
             return self.step(q, rope)
         keys, values = self.everything(rope)
         o = attention(q, torch.cat((*keys, rope(k, new)), 1), torch.cat((*values, v), 1))
-        self.remember(k, v)
+        self.remember(k, v, rope)
         return o
 
-    def remember(self, k, v):
+    def remember(self, k, v, rope):
         """Append k, v (B, T, G, d): to the sinks, then through the window into the latents."""
         first = min(max(self.sinks - self.n, 0), k.shape[1])
         at = slice(self.n, self.n + first)
@@ -335,11 +358,13 @@ class BiBranchCache:
             return torch.arange(start, stop, device=k.device) % max(1, self.window)
         old = slots(before - held, before - held + min(out, held))
         new = slots(before + T - keep, before + T)
-        for ring, x, store, basis in ((self.ring_k, k[:, first:], self.c_k, self.K),
-                                      (self.ring_v, v[:, first:], self.c_v, self.V)):
-            if out:
-                store.append(basis.shrink(torch.cat((ring[:, old], x[:, :out - len(old)]), 1)))
-            ring[:, new] = x[:, T - keep:]
+        if out:
+            gone = slice(self.sinks + self.c_k.n, self.sinks + self.c_k.n + out)
+            gone_k, gone_v = (torch.cat((ring[:, old], x[:, first:first + out - len(old)]), 1)
+                              for ring, x in ((self.ring_k, k), (self.ring_v, v)))
+            self.c_k.append(self.K.latents(gone_k, rope, gone))
+            self.c_v.append(self.V.shrink(gone_v))
+        self.ring_k[:, new], self.ring_v[:, new] = k[:, first + T - keep:], v[:, first + T - keep:]
 
     def branches(self):
         """Positions of what is held: sinks, between, and the ring's slots in the order they lie."""
@@ -349,11 +374,6 @@ class BiBranchCache:
         between = slice(self.sinks, self.sinks + max(0, places - self.window))
         return slice(0, min(self.n, self.sinks)), between, ring
 
-    def keys(self, span, between, rope):
-        """k~ of the latents in span, rotated: (B, S, G, d)."""
-        at = slice(between.start + span.start, between.start + span.stop)
-        return rope(self.K.expand(self.c_k.read(span), self.d), at)
-
     def step(self, q, rope):
         """One query over both branches, one softmax: q (B, 1, H, d), rotated -> (B, 1, H, d)."""
         first, between, ring = self.branches()
@@ -361,7 +381,8 @@ class BiBranchCache:
         size = max(GROUP, BLOCK // len(q) // GROUP * GROUP)
         blocks = [slice(i, min(i + size, m)) for i in range(0, m, size)]
         keys = [rope(self.sink_k[:, :a], first), rope(self.ring_k[:, :len(ring)], ring)]
-        s = [scores(q, k) for k in keys] + [scores(q, self.keys(b, between, rope)) for b in blocks]
+        s = [scores(q, k) for k in keys]
+        s += [self.K.scores(q, self.c_k.read(b), rope, slice(a + b.start, a + b.stop)) for b in blocks]
         p = softmax(torch.cat(s, -1))                                # sinks, window, between
         exact = torch.cat((self.sink_v[:, :a], self.ring_v[:, :len(ring)]), 1)
         o = mix(p[..., :exact.shape[1]], exact)
@@ -374,15 +395,15 @@ class BiBranchCache:
     def decode(self, q, k, v, rope, at):
         place = at - self.sinks
         slot, gone = place % max(1, self.window), place - self.window
-        for ring, x, store, basis in ((self.ring_k, k, self.c_k, self.K),
-                                      (self.ring_v, v, self.c_v, self.V)):
-            store.put(basis.shrink(ring[:, slot] if self.window else x), gone)
-            if self.window:
-                ring[:, slot] = x
+        gone_k, gone_v = (self.ring_k[:, slot], self.ring_v[:, slot]) if self.window else (k, v)
+        self.c_k.put(self.K.latents(gone_k, rope, at - self.window), gone)
+        self.c_v.put(self.V.shrink(gone_v), gone)
+        if self.window:
+            self.ring_k[:, slot], self.ring_v[:, slot] = k, v
         ring = at - (slot - torch.arange(self.window, device=at.device)) % max(1, self.window)
         (c_k, places, filled), (c_v, *_) = self.c_k.whole(gone), self.c_v.whole(gone)
         q, exact = rope(q, at), (rope(self.sink_k, slice(0, self.sinks)), rope(self.ring_k, ring))
-        late = rebuilt_scores(q, c_k, self.K, self.sinks + places, rope).where(filled, -torch.inf)
+        late = block_scores(q, c_k, self.K, self.sinks + places, rope).where(filled, -torch.inf)
         p = softmax(torch.cat((scores(q, torch.cat(exact, 1)), late), -1))
         exact = torch.cat((self.sink_v, self.ring_v), 1)
         o = mix(p[..., :exact.shape[1]], exact)
@@ -397,8 +418,8 @@ class BiBranchCache:
         """Keys, rotated, and values of all that is held, at full width, branch by branch."""
         first, between, ring = self.branches()
         every = slice(0, between.stop - between.start)
-        keys = (rope(self.sink_k[:, :first.stop], first), self.keys(every, between, rope),
-                rope(self.ring_k[:, :len(ring)], ring))
+        keys = (rope(self.sink_k[:, :first.stop], first),
+                self.K.keys(self.c_k.read(every), rope, between, self.d), rope(self.ring_k[:, :len(ring)], ring))
         values = (self.sink_v[:, :first.stop], self.V.expand(self.c_v.read(every), self.d),
                   self.ring_v[:, :len(ring)])
         return keys, values
@@ -411,11 +432,11 @@ class BiBranchCache:
         """
         T, at = q.shape[1], slice(0, q.shape[1])
         late = slice(min(self.sinks, T), T)
-        c_k, c_v = self.K.shrink(k[:, late]), self.V.shrink(v[:, late])
+        c_k, c_v = self.K.latents(k[:, late], rope, late), self.V.shrink(v[:, late])
         stored = [(c_k, c_v)]
         if self.bits == 4:                                         # gradients pass straight through
             stored.append(tuple(c + (round_trip(c) - c).detach() for c in (c_k, c_v)))
-        keys = [rope(k, at)] + [rope(self.K.expand(c, self.d), late) for c, _ in stored]
+        keys = [rope(k, at)] + [self.K.keys(c, rope, late, self.d) for c, _ in stored]
         values = [v] + [self.V.expand(c, self.d) for _, c in stored]
         keys, values = torch.cat(keys, 1), torch.cat(values, 1)
         i, j = torch.arange(T, device=q.device)[:, None], torch.arange(T, device=q.device)

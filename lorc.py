@@ -102,15 +102,16 @@ def compressed_dimension(log_tilde, d_max, d_min, schedule="progressive"):
     return [d_max * (1 - t * (1 - d_min / d_max)) for t in depth]
 
 
-def ranks(log_tilde, full, d_max, d_min, schedule="progressive", split=0.0):
+def ranks(log_tilde, full, d_max, d_min, schedule="progressive", split=0.0, pairs=False):
     """(d_k, d_v) of each layer: Eq. 13 rounded, with `split` * d_max moved from keys to values.
 
-    full: which layers stay whole. Keys and values each keep between 1 and d_max numbers.
+    full: which layers stay whole. Keys and values each keep between 1 and d_max numbers; with
+    `pairs`, keys an even number.
     """
-    def whole(x):
-        return min(d_max, max(1, round(x)))
+    def whole(x, step=1):
+        return min(d_max, step * max(1, round(x / step)))
     real = compressed_dimension(log_tilde, d_max, d_min, schedule)
-    return [(d_max, d_max) if f else (whole(d - split * d_max), whole(d + split * d_max))
+    return [(d_max, d_max) if f else (whole(d - split * d_max, 1 + pairs), whole(d + split * d_max))
             for d, f in zip(real, full)]
 
 
@@ -148,11 +149,11 @@ class Plan:
 
 
 def lorc(llama, kept=0.6, d_min=None, threshold=math.inf, schedule="progressive", skip=0, split=0.0,
-         moments=None):
+         moments=None, commuting=False):
     """Algorithm 1: the plan, and each layer's bases of keys and values, None where it stays full.
 
     kept solves for d_min where d_min is None; threshold is on ln kappa~ [E8]; moments: C of each
-    layer's inputs, None for the paper's SVD.
+    layer's inputs, None for the paper's SVD; commuting: keys get a basis that commutes with RoPE.
     """
     weights = [(layer.attn.Wk.weight, layer.attn.Wv.weight) for layer in llama.layers]
     d_max, moments = llama.config.kv_width, moments or [None] * len(weights)
@@ -163,12 +164,17 @@ def lorc(llama, kept=0.6, d_min=None, threshold=math.inf, schedule="progressive"
     full = [x > threshold or layer < skip for layer, x in enumerate(log_tilde)]    # l. 8-11
 
     def ranks_of(d_min):
-        return ranks(log_tilde, full, d_max, d_min, schedule, split)               # l. 7
+        return ranks(log_tilde, full, d_max, d_min, schedule, split, commuting)    # l. 7
+
+    def keys(layer, d_k, C):
+        Wq, Wk = layer.attn.Wq.weight, layer.attn.Wk.weight
+        d = llama.config.head_dim
+        return commuting_basis(Wk, d_k, d, C, Wq) if commuting else basis(Wk, d_k, C)
     plan = Plan(kappa, log_tilde, ranks_of(d_min or solve_d_min(kept, ranks_of, d_max)), d_max)
     bases = [None if d_k == d_v == d_max else
-             (basis(Wk, d_k, C), basis(Wv, d_v, C))                                # l. 12-14, 16-18
-             for (Wk, Wv), (d_k, d_v), C in zip(tqdm(weights, "bases", unit=" layers", leave=False,
-                                                     disable=None), plan.ranks[own], moments)]
+             (keys(layer, d_k, C), basis(layer.attn.Wv.weight, d_v, C))            # l. 12-14, 16-18
+             for layer, (d_k, d_v), C in zip(tqdm(llama.layers, "bases", unit=" layers", leave=False,
+                                                  disable=None), plan.ranks[own], moments)]
     return plan, bases                        # l. 15, 19 not taken [E4], [E5]; l. 20: the caches
 
 
@@ -180,7 +186,7 @@ def norm_moments(llama):
 
 
 def calibrated_moments(llama, tokens, kind, sinks=4, context=1024, windows=32):
-    """C of each layer from text: diag(mean |x|) for `asvd` (alpha = 1/2), E[x x^T] for `whitened`.
+    """C of each layer from text: diag(mean |x|) for `asvd` (alpha = 1/2), else E[x x^T].
 
     One pass of the uncompressed model over `windows` windows of `context` tokens; the first `sinks`
     positions of each, whose inputs are unlike all others, are left out. Sums are kept in float64.
@@ -204,6 +210,38 @@ def calibrated_moments(llama, tokens, kind, sinks=4, context=1024, windows=32):
         for hook in hooks:
             hook.remove()
     return [total / seen for total in sums]
+
+
+# A basis that commutes with RoPE: what App. C wants --------------------------------------------
+
+def commuting_basis(Wk, d_c, d, C=None, Wq=None):
+    """The best basis of d_c numbers, an even count, for keys Wk x, whose map commutes with RoPE.
+
+    RoPE multiplies the complex number of components (j, j + d/2) of every head by one phase, so a
+    complex mix of the heads at one j commutes with it. At each j it is the eigenvectors of the
+    heads' complex second moment; one sort over all j shares d_c among them. A row counts as much as
+    its head group's queries are large at j: E |q_j|^2 with Wq (H*d, D) given and C a matrix, else 1.
+    """
+    Z = Wk.double().unflatten(0, (-1, 2, d // 2))                    # (G, 2, d/2, D)
+    Z = torch.complex(Z[:, 0], Z[:, 1]).transpose(0, 1)              # (d/2, G, D): z_j = Z_j x
+    energy = torch.ones_like(Z[..., 0].real)                         # (d/2, G)
+    if Wq is not None and C is not None and C.dim() == 2:
+        q = (Wq.double() @ C.double() * Wq.double()).sum(1)          # (H*d,)
+        energy = q.unflatten(0, (len(Z[0]), -1, 2, d // 2)).mean(1).sum(1).T.clamp(min=1e-30)
+    root = energy.sqrt()[..., None]                                  # (d/2, G, 1)
+    ZC = Z if C is None else Z * C.double() if C.dim() == 1 else Z @ C.to(Z)
+    lam, Q = torch.linalg.eigh(root * (ZC @ Z.mH) * root.mT)         # (d/2, G), (d/2, G, G)
+    kept = lam.flatten().argsort(descending=True)[:d_c // 2]
+    j, m = kept // lam.shape[1], kept % lam.shape[1]
+    Q, root = Q[j, :, m].T, root[j, :, 0].T                          # (G, d_c/2)
+
+    def real(u):                                                     # z += u c, as real numbers
+        out = u.real.new_zeros(len(u), 2, d // 2, 2, len(j))
+        i = torch.arange(len(j), device=j.device)
+        out[:, 0, j, 0, i], out[:, 0, j, 1, i] = u.real, -u.imag
+        out[:, 1, j, 0, i], out[:, 1, j, 1, i] = u.imag, u.real
+        return out.flatten(3).flatten(0, 2).to(Wk.dtype)
+    return Basis(real(Q * root).T.contiguous(), real(Q / root), torch.cat((j, j + d // 2)))
 
 
 # Running -----------------------------------------------------------------------------------------
@@ -351,11 +389,11 @@ def save_bases(folder, llama, plan, bases, method):
     """Write bases and plan to folder/bases.safetensors: whole or not at all. Raises UserError."""
     from safetensors.torch import save_file
     shape, numbers = fingerprint(llama)
-    bases = model.gather([pair and [Basis(*(x.cpu() for x in b)) for b in pair] for pair in bases])
+    bases = model.gather([pair and [Basis(*(x if x is None else x.cpu() for x in b)) for b in pair] for pair in bases])
     if model.place()[0] > 0:
         return
     tensors = {f"layers.{i}.{kind}.{part}": x.contiguous() for i, pair in enumerate(bases) if pair
-               for kind, b in zip("kv", pair) for part, x in b._asdict().items()}
+               for kind, b in zip("kv", pair) for part, x in b._asdict().items() if x is not None}
     about = {"model": shape, "method": method, "kept": repr(plan.kept),
              "plan": json.dumps({"log_kappa": plan.log_kappa, "ranks": plan.ranks})}
     path = Path(folder) / "bases.safetensors"
@@ -369,6 +407,13 @@ def save_bases(folder, llama, plan, bases, method):
     finally:
         if beside.is_file():
             beside.unlink()
+
+
+def fits(b, d_c, config):
+    """Whether a basis has d_c columns for this model and numbers that can be computed with."""
+    whole = b.down.shape == b.up.T.shape == (d_c, config.kv_width) and (b.down @ b.up).isfinite().all()
+    return whole and (b.turns is None or b.turns.shape == (d_c,) and b.turns.dtype == torch.int64
+                      and d_c % 2 == 0 and 0 <= b.turns.min() <= b.turns.max() < config.head_dim)
 
 
 def load_bases(folder, llama):
@@ -386,10 +431,14 @@ def load_bases(folder, llama):
             raise model.UserError(f"{path} was made for another model; make new ones with --save")
         good = len(kappa) == len(ranks) == L and all(type(x) is float for pair in kappa for x in pair)
         good &= all(type(x) is int and 1 <= x <= d_max for pair in ranks for x in pair)
-        bases = [tuple(Basis(*(tensors[f"layers.{i}.{kind}.{part}"].to(llama.norm.weight)
-                               for part in Basis._fields)) for kind in "kv")
-                 if pair != (d_max, d_max) else None for i, pair in list(enumerate(ranks))[own]]
-        good &= all(b.down.shape == b.up.T.shape == (d_c, d_max) and (b.down @ b.up).isfinite().all()
+        like = llama.norm.weight
+
+        def read(name):
+            down, up, turns = (tensors.get(f"{name}.{part}") for part in Basis._fields)
+            return Basis(down.to(like), up.to(like), turns if turns is None else turns.to(like.device))
+        bases = [tuple(read(f"layers.{i}.{kind}") for kind in "kv") if pair != (d_max, d_max) else None
+                 for i, pair in list(enumerate(ranks))[own]]
+        good &= all(fits(b, d_c, llama.config)
                     for pair, dims in zip(bases, ranks[own]) if pair for b, d_c in zip(pair, dims))
     except model.UserError:
         raise
@@ -463,8 +512,9 @@ def command_line():
     flag("--skip", type=count, metavar="N", help="Leave the first N layers full. Default: 0.")
     flag("--split", type=within(float, -1, 1, "number in [-1, 1]"), metavar="F",
          help="Kept fraction moved from keys to values. Default: 0.")
-    flag("--basis", choices=["svd", "norm", "asvd", "whitened"],
-         help="C: I, gamma^2, mean |x|, E[xx^T]. Default: svd; whitened with --calibrate.")
+    flag("--basis", choices=["svd", "norm", "asvd", "whitened", "commuting"],
+         help="C: I, gamma^2, mean |x|, E[xx^T]. Default: svd; whitened with --calibrate. commuting: "
+              "keys in a basis that commutes with RoPE, from I or, with --calibrate, E[xx^T].")
     flag("--calibrate", metavar="FILE",
          help="Text for asvd and whitened; its first 32 windows of up to 1,024 tokens are used.")
     flag("--bases", metavar="DIR", help="Use the bases and the plan that --save wrote.")
@@ -616,7 +666,7 @@ def choose_bases(args, llama, tokenizer):
         tokens = torch.tensor(tokens, device=llama.norm.weight.device)
         moments = calibrated_moments(llama, tokens, args.basis, args.sinks, context)
     return lorc(llama, args.kept, args.d_min, args.threshold, args.schedule, args.skip, args.split,
-                moments)
+                moments, args.basis == "commuting")
 
 
 def held(llama, caches, kind, plan):

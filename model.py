@@ -177,10 +177,14 @@ class Rope:
             self.cos = torch.cat((cos, cos), -1)[:, None].to(like)         # (length, 1, d)
             self.sin = torch.cat((-sin, sin), -1)[:, None].to(like)
 
-    def __call__(self, x: torch.Tensor, positions) -> torch.Tensor:
-        """x (B, T, heads, d) rotated to its positions: a slice, or an index tensor (T,)."""
-        half = x.roll(self.config.head_dim // 2, -1)
-        return torch.addcmul(x * self.cos[positions], half, self.sin[positions])
+    def __call__(self, x: torch.Tensor, positions, columns=slice(None)) -> torch.Tensor:
+        """x (B, T, heads, d) rotated to its positions: a slice, or an index tensor (T,).
+
+        columns: for each component of x the component of a head that it turns with, when x is not
+        heads but latents that turn as heads do (Basis.turns).
+        """
+        cos, sin = self.cos[positions][..., columns], self.sin[positions][..., columns]
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Attention(nn.Module):
