@@ -293,7 +293,7 @@ def generate(llama, caches, tokens, n, ends=(), temperature=0.0, top_p=1.0, seed
     for left in range(n, 0, -1):
         logits = step(tokens)
         if compile and all(cache.settled for cache in caches):
-            step, compile = compiled(llama, caches), False
+            step, compile = compiled(llama, caches, len(tokens)), False
         tokens = tokens.new_empty(len(tokens), 1)
         if logits is not None:
             tokens = sample(finite(logits), temperature, top_p, generator)
@@ -303,7 +303,7 @@ def generate(llama, caches, tokens, n, ends=(), temperature=0.0, top_p=1.0, seed
             return
 
 
-def compiled(llama, caches):
+def compiled(llama, caches, B=1):
     """The decode step, tokens (B, 1) -> logits (B, V), for every place after what the caches hold.
 
     No shape tells the place, a tensor does: what is compiled once serves to the end. On CUDA the
@@ -311,8 +311,8 @@ def compiled(llama, caches):
     Raises UserError where there is no compiler.
     """
     device, graph, logits = llama.norm.weight.device, None, None
-    tuning = {"coordinate_descent_tuning": True} if device.type == "cuda" else {}
-    block = torch.compile(model.Block.__call__, options=tuning)
+    fused = device.type == "cuda" and B == 1              # matrix times vector, written by the compiler
+    block = torch.compile(model.Block.forward, options={"coordinate_descent_tuning": fused})
     at = torch.tensor([caches[0].n], device=device)
     steps, tokens = [Static(cache, at) for cache in caches], None
 
