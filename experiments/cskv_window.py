@@ -15,7 +15,7 @@ BASES = {"ASVD": "asvd", "closed form": "whitened"}
 
 
 def measure(study):
-    windows = [0, *(2**i for i in range(1, study.context.bit_length()) if 2**i < study.context)]
+    windows = [0, *(2**i for i in range(1, study.length.bit_length()) if 2**i < study.length)]
     return [study.full()] + [
         study.row(f"{name}, {sinks} sinks", KEPT, basis, "bibranch", window=window, sinks=sinks)
         for name, basis in BASES.items() for sinks in (0, 4) for window in windows]

@@ -37,11 +37,11 @@ def trained(study):
             continue
         for bits, key in ((16, "after"), (4, "after, 4 bits")):
             bases = study.bases([tuple(pair) for pair in run["ranks"]], "svd")     # of these ranks
-            caches = lorc.new_caches(study.llama, "bibranch", study.context, bases, bits=bits)
+            caches = lorc.new_caches(study.llama, "bibranch", study.length, bases, bits=bits)
             rows.append({"label": "trained" + ", 4 bits" * (bits == 4), "cache": "bibranch",
                          "bits": bits, "kept": run["kept"], "perplexity": scores[key],
                          "bytes": sum(c.nbytes for c in caches), "from": path.name,
-                         "full_bytes": lorc.full_bytes(study.llama, study.context)})
+                         "full_bytes": lorc.full_bytes(study.llama, study.length)})
     return rows
 
 

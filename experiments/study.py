@@ -43,10 +43,13 @@ class Study:
         self.name = Path(args.model).resolve().name
         self.llama = model.load(args.model, torch.float32, args.device)
         self.config, tokenizer = self.llama.config, model.Tokenizer(args.model, self.llama.config)
-        self.context = min(1024, self.config.context, args.tokens)
+        self.context = min(1024, self.config.context)
         self.text, self.calibration = (
             torch.tensor(tokenizer.encode(lorc.read_text(path))[:n], device=args.device)
             for path, n in ((args.text, args.tokens), (args.calibrate, CALIBRATION)))
+        if min(len(self.text), len(self.calibration)) < 2:
+            raise model.UserError("--text or --calibrate is too short; give at least two tokens")
+        self.length = min(self.context, len(self.text))                  # of one window of text
         self.weights = [(layer.attn.Wk.weight, layer.attn.Wv.weight) for layer in self.llama.layers]
 
     @functools.cache
@@ -110,9 +113,9 @@ class Study:
             return lorc.new_caches(self.llama, kind, capacity, bases, strict=True, **options)
         with torch.inference_mode(), patch("cache.round_trip", rounding):
             nats, n = lorc.negative_log_likelihood(self.llama, self.text, self.context, make)
-            held = sum(cache.nbytes for cache in make(self.context))
+            held = sum(cache.nbytes for cache in make(self.length))
         return {"perplexity": math.exp(min(nats / n, 700.0)), "bytes": held,
-                "full_bytes": lorc.full_bytes(self.llama, self.context)}
+                "full_bytes": lorc.full_bytes(self.llama, self.length)}
 
     def row(self, label, kept=1.0, basis="svd", cache="compressed", sinks=4, window=32, bits=16,
             rounding=round_trip, **plan):
