@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import study as shared
-from study import lorc
 
 KEPT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 METHODS = {
@@ -36,12 +35,10 @@ def trained(study):
         if not scores or len(run["ranks"]) != study.config.layers or len(study.text) != scores["tokens"]:
             continue
         for bits, key in ((16, "after"), (4, "after, 4 bits")):
-            bases = study.bases([tuple(pair) for pair in run["ranks"]], "svd")     # of these ranks
-            caches = lorc.new_caches(study.llama, "bibranch", study.length, bases, bits=bits)
-            rows.append({"label": "trained" + ", 4 bits" * (bits == 4), "cache": "bibranch",
-                         "bits": bits, "kept": run["kept"], "perplexity": scores[key],
-                         "bytes": sum(c.nbytes for c in caches), "from": path.name,
-                         "full_bytes": lorc.full_bytes(study.llama, study.length)})
+            ranks = [tuple(pair) for pair in run["ranks"]]
+            rows.append({"label": "trained" + ", 4 bits" * (bits == 4), "kept": run["kept"],
+                         "cache": "bibranch", "bits": bits, "perplexity": scores[key],
+                         "from": path.name} | study.bytes("bibranch", ranks, bits=bits))
     return rows
 
 

@@ -10,10 +10,8 @@ keeps 0.6. What a GPU needs in all is `memory.py`'s.
 """
 import sys
 
-import torch
-
 import study as shared
-from study import Basis, lorc, model
+from study import model
 
 BATCH, LENGTH, GIB = 64, 2048, 2**30
 # Table 3: layers, heads, KV heads, head dimension, width. Table 2: dim_c, layers whole, full, ours
@@ -22,26 +20,17 @@ PAPER = {"LLaMA-2-13B": ((40, 40, 40, 128, 5120), 2048, 10, 50, 27.5),
          "LLaMA-3-70B": ((80, 64, 8, 128, 8192), 512, 8, 20, 11)}
 
 
-def shape_only(layers, heads, kv_heads, head_dim, width):
-    """A LLaMA of this shape without memory, in 16 bits; its MLP and vocabulary do not matter."""
-    config = model.Config(vocab=8, width=width, layers=layers, heads=heads, kv_heads=kv_heads, mlp=8,
-                          head_dim=head_dim, context=LENGTH, eps=1e-5, tied=True,
-                          rope={"rope_type": "default", "rope_theta": 1e4})
-    with torch.device("meta"):
-        return model.Llama(config).bfloat16()
-
-
 def row(name, shape, dim_c, whole):
     """Eq. 4 for keys alone, and the buffers of `whole` full layers and the others at dim_c."""
-    llama, (layers, _, kv_heads, head_dim, _) = shape_only(*shape), shape
-    down = llama.embed.weight.new_empty(dim_c, kv_heads * head_dim)
-    bases = [None] * whole + [(Basis(down, down.T),) * 2] * (layers - whole)
-
-    def held(*kind):
-        return sum(cache.nbytes for cache in lorc.new_caches(llama, *kind, B=BATCH))
+    layers, heads, kv_heads, head_dim, width = shape
+    llama = shared.shape_only(model.Config(          # its MLP and vocabulary do not matter here
+        vocab=8, width=width, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim, mlp=8,
+        context=LENGTH, eps=1e-5, tied=True, rope={"rope_type": "default", "rope_theta": 1e4}))
+    d_max = kv_heads * head_dim
+    ranks = [(d_max, d_max)] * whole + [(dim_c, dim_c)] * (layers - whole)
+    full, ours = (shared.held(llama, kind, ranks, LENGTH, BATCH) for kind in ("full", "compressed"))
     return {"label": name, "shape": shape, "dim_c": dim_c, "whole": whole,
-            "eq_4": 2 * BATCH * LENGTH * kv_heads * head_dim * layers,
-            "full_bytes": held("full", LENGTH), "bytes": held("compressed", LENGTH, bases)}
+            "eq_4": 2 * BATCH * LENGTH * d_max * layers, "full_bytes": full, "bytes": ours}
 
 
 def measure(study):

@@ -9,7 +9,8 @@ given {model: result} of all models measured so far and yields (name, figure or 
 
 Scores are perplexities over the first --tokens tokens of --text in windows of min(1024, context),
 in float32, every query seeing what a token-by-token run would show it (`strict` in cache.py).
-Bytes are those of the buffers for one such window. Nothing here needs matplotlib until it draws.
+Bytes are those of the buffers for one such window in a 16-bit model, the papers' measure: 4-bit codes
+would look twice as good beside float32. Nothing here needs matplotlib until it draws.
 """
 import argparse
 import functools
@@ -33,6 +34,24 @@ CALIBRATION = 2**15     # tokens of --calibrate that second moments are taken ov
 SINKS = 4               # positions of each window that they leave out
 
 
+# Bytes -------------------------------------------------------------------------------------------
+
+def shape_only(config):
+    """A model without memory, on torch's meta device, in 16 bits."""
+    with torch.device("meta"):
+        return model.Llama(config).bfloat16()
+
+
+def held(llama, kind, ranks, capacity, B=1, **bibranch):
+    """Bytes of all buffers of the caches that lorc.new_caches makes for these (d_k, d_v)."""
+    d_max = llama.config.kv_width
+
+    def basis(d_c):
+        return Basis(*(llama.embed.weight.new_empty(shape) for shape in ((d_c, d_max), (d_max, d_c))))
+    bases = [None if pair == (d_max, d_max) else tuple(map(basis, pair)) for pair in ranks]
+    return sum(cache.nbytes for cache in lorc.new_caches(llama, kind, capacity, bases, B, **bibranch))
+
+
 # Measuring ---------------------------------------------------------------------------------------
 
 class Study:
@@ -50,6 +69,7 @@ class Study:
         if min(len(self.text), len(self.calibration)) < 2:
             raise model.UserError("--text or --calibrate is too short; give at least two tokens")
         self.length = min(self.context, len(self.text))                  # of one window of text
+        self.shape = shape_only(self.config)
         self.weights = [(layer.attn.Wk.weight, layer.attn.Wv.weight) for layer in self.llama.layers]
 
     @functools.cache
@@ -113,9 +133,12 @@ class Study:
             return lorc.new_caches(self.llama, kind, capacity, bases, strict=True, **options)
         with torch.inference_mode(), patch("cache.round_trip", rounding):
             nats, n = lorc.negative_log_likelihood(self.llama, self.text, self.context, make)
-            held = sum(cache.nbytes for cache in make(self.length))
-        return {"perplexity": math.exp(min(nats / n, 700.0)), "bytes": held,
-                "full_bytes": lorc.full_bytes(self.llama, self.length)}
+        return {"perplexity": math.exp(min(nats / n, 700.0))} | self.bytes(kind, ranks, **options)
+
+    def bytes(self, kind, ranks, **options):
+        """Of the caches for one window of text, and of full ones: {bytes, full_bytes}."""
+        return {"bytes": held(self.shape, kind, ranks, self.length, **options),
+                "full_bytes": held(self.shape, "full", ranks, self.length)}
 
     def row(self, label, kept=1.0, basis="svd", cache="compressed", sinks=4, window=32, bits=16,
             rounding=round_trip, **plan):
