@@ -40,7 +40,7 @@ def measure(study):
 
 
 def plot(found):
-    fig, axes = shared.panels(found, "layer", "", rows=2, height=2.1)
+    fig, axes = shared.panels(found, "layer", "", rows=2, height=2.1, sharey="row")
     for i, name in enumerate(("keys", "values")):
         axes[i, 0].set_ylabel(f"relative error of {name}")
         for ax, result in zip(axes[i], found.values()):

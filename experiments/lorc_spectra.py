@@ -38,7 +38,7 @@ def plot(found):
 
 def spectra(found):
     """All layers' spectra, shallow ones dark."""
-    fig, axes = shared.panels(found, "index / width", "", rows=2, height=2.1)
+    fig, axes = shared.panels(found, "index / width", "", rows=2, height=2.1, sharey="row")
     names = {("weights", "k"): "Wk", ("weights", "v"): "Wv", ("activations", "k"): "keys",
              ("activations", "v"): "values"}
     for i, of in enumerate(KINDS.values()):
@@ -50,7 +50,6 @@ def spectra(found):
                     ax.plot(row["at"], row[f"{of}_{kind}"], dashes, color=color, linewidth=0.9,
                             alpha=1 - 0.75 * depth, label=names[of, kind] if depth == 0 else None)
             ax.set_yscale("log")
-            ax.set_ylim(bottom=1e-4, top=1.2)
             shared.plain_numbers(ax.yaxis)
         axes[i, -1].legend(title="shallow dark, deep pale", title_fontsize=6.5)
     return fig

@@ -283,7 +283,7 @@ def panels(found, xlabel, ylabel, rows=1, sharey=False, height=2.4):
     fig, axes = pyplot().subplots(rows, n, figsize=(0.6 + 2.5 * n, 0.5 + height * rows),
                                   squeeze=False, sharey=sharey, layout="constrained")
     for ax, (name, r) in zip(axes[0], found.items()):
-        ax.set_title(f"{name} ({r['layers']} layers, {r['kv_heads']} of {r['heads']} heads)")
+        ax.set_title(f"{name} ({r['layers']} layers, {r['kv_heads']} KV of {r['heads']} heads)")
     for ax in axes[-1]:
         ax.set_xlabel(xlabel)
     for ax in axes[:, 0]:
