@@ -26,6 +26,7 @@ def plot(found):
     for ax, result in zip(axes[0], found.values()):
         shared.scores(ax, result["rows"], "window", pairs=True)
         ax.set_xscale("symlog", base=2, linthresh=2)
+        ax.set_xlim(left=-0.3)
         ticks = sorted({row["window"] for row in result["rows"] if "window" in row})[::2]
         ax.set_xticks(ticks, [str(t) for t in ticks])
     shared.legend(fig, axes[0, -1])

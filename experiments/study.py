@@ -325,12 +325,11 @@ def scores(ax, rows, x, pairs=False):
 
 def plain_numbers(axis):
     """1, 10, 100 instead of powers on a logarithmic axis, and more of them where it is short."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    axis.axes.autoscale_view()
     low, high = axis.get_view_interval()
-    ratio = high / low
-    subs = (1,) if ratio > 300 else (1, 3) if ratio > 30 else (1, 2, 5) if ratio > 5 else \
-        (1, 1.5, 2, 3, 4, 6, 8) if ratio > 2 else [x / 10 for x in range(10, 100, 2)]
-    axis.set_major_locator(LogLocator(subs=subs, numticks=20))
+    subs = (1,) if high > 300 * low else (1, 3) if high > 30 * low else (1, 2, 5)
+    axis.set_major_locator(MaxNLocator(5) if high < 4 * low else LogLocator(subs=subs, numticks=20))
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.6g}"))
     axis.set_minor_formatter(NullFormatter())
 
