@@ -1150,6 +1150,68 @@ def test_each_heads_rows_are_bounded_by_the_whole_matrix(real):
         assert math.isclose(theory.reconstruction_error(W, k) ** 2, (torch.linalg.svdvals(W)[k:] ** 2).sum() / W.square().sum(), rel_tol=1e-6)
 
 
+# The experiments ----------------------------------------------------------------------- parity ---
+
+@pytest.fixture(scope="module")
+def every_experiment(tmp_path_factory):
+    """All tables and figures at their smallest, on tiny/: their modules, and {script: rows}."""
+    sys.path.insert(0, str(HERE / "experiments"))
+    import run_all
+    text, out = str(HERE / "tiny" / "README.md"), tmp_path_factory.mktemp("results")
+    try:
+        import matplotlib                                                      # noqa: F401
+        draw = ["--figures", str(out)]
+    except ImportError:
+        draw = ["--measure-only"]
+    argv = ["--text", text, "--calibrate", text, "--tokens", "64", "--device", "cpu", "--out", str(out), *draw]
+    assert run_all.study.main(*run_all.SCRIPTS, argv=argv) == 0
+    return run_all.SCRIPTS, {s.__name__: json.loads((out / f"{s.__name__}-tiny.json").read_text())["rows"]
+                             for s in run_all.SCRIPTS}
+
+
+def test_every_table_and_figure_is_run_and_listed(every_experiment):
+    """Every script with a `measure` is run by run_all.py and has a line in experiments/README.md."""
+    scripts = {p.stem for p in (HERE / "experiments").glob("*.py") if "\ndef measure(study)" in p.read_text()}
+    assert {s.__name__ for s in every_experiment[0]} == scripts and len(scripts) > 10
+    listed = re.findall(r"^\| `(\w+)\.py`", (HERE / "experiments" / "README.md").read_text(), re.M)
+    assert scripts <= set(listed)
+    for name, rows in every_experiment[1].items():
+        assert rows and all(math.isfinite(row.get("perplexity", 0)) for row in rows), name
+
+
+UNIFORM = ["--kept", "0.6", "--schedule", "uniform"]
+
+
+@pytest.mark.parametrize("script, label, flags, basis", [
+    ("front", "full", ["--cache", "full"], None), ("front", "LoRC, progressive", ["--kept", "0.6"], None),
+    ("lorc_fig2", "LoRC, first whole, uniform", [*UNIFORM, "--skip", "1"], None),
+    ("cskv_starts", "ASVD", [*UNIFORM, "--cache", "bibranch"], "asvd"),
+    ("cskv_bits", "4 bits, ours", [*UNIFORM, "--cache", "bibranch", "--bits", "4"], "whitened"),
+])
+def test_experiments_score_the_caches_that_lorc_makes(every_experiment, script, label, flags, basis, capsys):
+    """A row's perplexity and bytes (of 16-bit models) are those of `lorc.py --perplexity` with its flags."""
+    text = str(HERE / "tiny" / "README.md")
+    flags = ["--perplexity", text, "--max-tokens", "64", "--device", "cpu", "--json", *flags]
+    calibrated = ["--basis", basis, "--calibrate", text] if basis else []
+    said = json.loads(cli(capsys, *flags, *calibrated)[1])
+    half = json.loads(cli(capsys, *flags, "--dtype", "bfloat16")[1])["cache"]
+    row, = [r for r in every_experiment[1][script] if r["label"] == label and r["wanted"] in (0.6, 1)]
+    assert math.isclose(row["perplexity"], said["perplexity"], rel_tol=1e-4)
+    assert (row["bytes"], row["full_bytes"]) == (half["bytes"], half["full_bytes"])
+
+
+def test_the_exact_error_of_fig_4_is_the_one_measured_on_the_text(every_experiment, real):
+    """lorc_fig4's error from the second moment = ||k - k~|| / ||k|| summed over the tokens themselves."""
+    import lorc_fig4
+    llama, _, tokens = real
+    x, W = theory.layer_inputs(llama, tokens)[-1], llama.layers[-1].attn.Wv.weight.double()
+    (lam, U), d_c, k = lorc.spectrum(W), len(W) // 3, x @ W.T
+    found = lorc_fig4.errors(W, x.T @ x / len(x), d_c, lam, U, U)
+    lost = (k - k @ U[:, :d_c] @ U[:, :d_c].T).norm() / k.norm()
+    assert math.isclose(found["activations"], lost, rel_tol=1e-6) and found["activations"] <= found["bound"]
+    assert math.isclose(found["weights"], theory.reconstruction_error(W, d_c), rel_tol=1e-6)
+
+
 # The documents ------------------------------------------------------------------------- by hand ---
 
 def test_every_row_of_readmes_table_names_code_that_cites_the_equation():
