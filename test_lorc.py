@@ -389,7 +389,7 @@ def test_half_precision_stays_close_to_float32(real, dtype, kind):
     """Logits of every cache, token by token and in one pass: to 10 % of their norm, and finite."""
     llama, _, tokens = real
     bases, half = lorc.lorc(llama, kept=0.8)[1], model.load(REAL, dtype)
-    halved = [pair and tuple(Basis(*(x.to(dtype) for x in b)) for b in pair) for pair in bases]
+    halved = [pair and tuple(Basis(b.down.to(dtype), b.up.to(dtype)) for b in pair) for pair in bases]
     n = tokens.shape[1]
     for chunks in ([n], [1] * n):
         both = []
