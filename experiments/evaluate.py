@@ -115,7 +115,8 @@ def entry(numbers, samples):
 
     lm-eval names a metric "acc,none" or "exact_match,strict-match"; "none" is left out.
     """
-    out = {key.removesuffix(",none"): x for key, x in numbers.items() if type(x) is float}
+    out = {key.removesuffix(",none"): float(x) for key, x in numbers.items()
+           if isinstance(x, float)}                  # a NumPy number too; not names and counts
     questions = {}                                   # filter -> samples in the questions' order
     for sample in sorted(samples, key=lambda sample: sample["doc_id"]):
         questions.setdefault(sample["filter"], []).append(sample)
@@ -207,10 +208,10 @@ def show(result):
     for one in result["configurations"]:
         for task, found in one["tasks"].items():
             for key, x in found.items():
-                if type(x) is float and not key.endswith("_stderr") and "_stderr," not in key:
-                    metric, _, name = key.partition(",")
-                    error = found[f"{metric}_stderr" + f",{name}" * bool(name)]
-                    print(f"{task:12s} {key:30s} {x:.4f} +- {error:.4f}  {one['flags']}",
+                metric, comma, name = key.partition(",")
+                error = found.get(f"{metric}_stderr{comma}{name}")
+                if error is not None:
+                    print(f"{task:11s} {key:28s} {x:.4f} +- {error:.4f}  {one['flags']}",
                           file=sys.stderr)
 
 
