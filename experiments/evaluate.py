@@ -137,7 +137,7 @@ def entry(numbers, samples):
 
 
 def compare(ours, theirs):
-    """How many questions two backends answer the same, and how far their log-likelihoods are apart."""
+    """How many questions two backends answer alike, and how far apart their log-likelihoods are."""
     out = {}
     for task, a in ours.items():
         b = theirs[task]
@@ -200,7 +200,8 @@ def against_hf(args, device, ours, tasks, limit):
         raise UserError("--against-hf compares --cache full in --dtype float32; give both")
     from lm_eval.models.huggingface import HFLM
     hf = HFLM(args.model, dtype="float32", device=device, batch_size=16)
-    return {"transformers": version("transformers"), "tasks": compare(ours, answer(hf, tasks, limit))}
+    theirs = answer(hf, tasks, limit)
+    return {"transformers": version("transformers"), "tasks": compare(ours, theirs)}
 
 
 def show(result):

@@ -49,7 +49,7 @@ def log_probabilities(llama, hidden, targets):
 
 
 def continuation_scores(llama, pairs, make_caches, budget=TOKENS):
-    """[(ln p(continuation | context), whether greedy decoding would say it)] for pairs of token ids.
+    """[(ln p(continuation | context), whether it is what greedy decoding says)] for token ids.
 
     The model reads context + continuation without its last token, cut on the left to the model's
     context. Continuations of one token share their context's pass (BoolQ's "no" and "yes"), and

@@ -1,7 +1,7 @@
 """What evaluate.py builds on, without lm-eval: batches and caches change no answer.
 
-The naive form feeds one text, token by token, to fresh caches. lm_eval_adapter.py itself is compared
-with lm-eval's own `hf` by `evaluate.py --against-hf`.
+The naive form feeds one text, token by token, to fresh caches. lm_eval_adapter.py itself is
+compared with lm-eval's own `hf` by `evaluate.py --against-hf`.
 """
 import dataclasses
 import math
@@ -62,7 +62,7 @@ def test_continuations_in_batches_score_as_they_do_token_by_token(case):
 
 
 def test_a_prompt_that_attends_exactly_would_be_scored_by_the_full_model(case):
-    """Why the adapter is strict: CSKV's prefill rule answers multiple choice like no cache at all."""
+    """Why the adapter is strict: by CSKV's prefill rule the choices would be the full model's."""
     llama, _, text, make = case
 
     def score(caches):
