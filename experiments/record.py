@@ -1,6 +1,7 @@
 """Where a result comes from: every experiment writes its JSON through here."""
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ def provenance(device, commit=None):
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
             "python": platform.python_version(), "commit": commit or git.stdout.strip() or "unknown",
-            "command": " ".join(["python", *words])}
+            "command": shlex.join(["python", *words])}
 
 
 def write(path, result):
