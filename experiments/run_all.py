@@ -5,6 +5,7 @@
 """
 import sys
 
+import commuting
 import cskv_bits
 import cskv_kept
 import cskv_split
@@ -19,7 +20,7 @@ import lorc_tables2_3
 import study
 
 SCRIPTS = (lorc_spectra, lorc_fig4, lorc_tables2_3, lorc_fig2, lorc_table1_fig3, cskv_kept, front,
-           cskv_starts, cskv_bits, cskv_split, cskv_window)
+           cskv_starts, cskv_bits, cskv_split, cskv_window, commuting)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ class Study:
         """ln kappa(Wk), ln kappa(Wv) of each layer: Eq. 10."""
         return [tuple(map(lorc.log_kappa, pair)) for pair in self.weights]
 
-    def plan(self, kept, schedule="uniform", skip=0, split=0.0, layers=None):
+    def plan(self, kept, schedule="uniform", skip=0, split=0.0, layers=None, pairs=False):
         """(d_k, d_v) of each layer, as lorc.lorc has them. layers: the others stay whole.
 
         Raises UserError when no d_min gives `kept`.
@@ -103,7 +103,8 @@ class Study:
         log_tilde = lorc.log_kappa_tilde([k + v for k, v in self.log_kappas()])
 
         def ranks_of(d_min):
-            return lorc.ranks(log_tilde, [i < skip for i in range(L)], d_max, d_min, schedule, split)
+            return lorc.ranks(log_tilde, [i < skip for i in range(L)], d_max, d_min, schedule, split,
+                              pairs)
         return ranks_of(lorc.solve_d_min(kept, ranks_of, d_max))
 
     def bases(self, ranks, basis):
@@ -115,7 +116,12 @@ class Study:
                 down, up = (torch.randn(shape, generator=generator).to(self.weights[0][0])
                             * shape[1] ** -0.5 for shape in ((d_c, d_max), (d_max, d_c)))
                 return Basis(down, up)
-            U = self.spectra(basis)[layer][i][1][:, :d_c].to(self.weights[0][0]).contiguous()
+            if basis == "commuting" and i == 0:
+                attn, C = self.llama.layers[layer].attn, self.moments("whitened")[layer]
+                return lorc.commuting_basis(attn.Wk.weight, d_c, self.config.head_dim, C,
+                                            attn.Wq.weight)
+            of = "whitened" if basis == "commuting" else basis
+            U = self.spectra(of)[layer][i][1][:, :d_c].to(self.weights[0][0]).contiguous()
             return Basis(U.T, U)
         return [None if (d_k, d_v) == (d_max, d_max) else (cut(d_k, layer, 0), cut(d_v, layer, 1))
                 for layer, (d_k, d_v) in enumerate(ranks)]
