@@ -229,7 +229,7 @@ def main():
         for context in args.context:
             torch._dynamo.reset()
             result["tables"].append(measure(argparse.Namespace(**vars(args) | {"context": context}), llama))
-    write(args.out or HERE / "results" / f"bench-{name}-{args.device}.json", result)
+            write(args.out or HERE / "results" / f"bench-{name}-{args.device}.json", result)
 
 
 if __name__ == "__main__":
