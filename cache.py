@@ -102,30 +102,18 @@ def scores(q, k):
     return einsum("btgrd,bsgd->btgrs", q, k).flatten(2, 3)
 
 
-def static_scores(q, c, K, places, at, rope):
-    """K.scores of one query (B, 1, H, d), not rotated, at place `at`, and latents c (B, S, d_c).
+def static_scores(q, c, K, places, rope):
+    """K.scores of one query (B, 1, H, d), rotated, and latents c (B, S, d_c) at `places` (S,).
 
-    `places` (S,) are consecutive within each GROUP. R_n = R_start R_l for token l of a group: the
-    query turns back by the start of each group, U turns by each l < GROUP, and no key is rotated.
-    That pays where there are more keys than columns in the turned U, and keys are rebuilt at all.
+    Written so that a compiler reads each rebuilt key once: it is turned and multiplied with all
+    queries of its group in registers, and no rotated key is ever stored.
     """
-    if K.turns is not None or c[..., 0].numel() <= GROUP * K.d_c:
-        return K.scores(rope(q, at), c, rope, places)
-    d, parts = q.shape[-1], []
-    U = K.up.T.unflatten(1, (1, -1, d)).expand(-1, GROUP, -1, -1)            # (d_c, 32, G, d)
-    U = rope(U, slice(0, GROUP))
-    size = max(1, 4 * BLOCK // len(q) // GROUP) * GROUP    # fewer temporaries than when eager
-    cuts = [*range(0, c.shape[1] // GROUP * GROUP, size), c.shape[1] // GROUP * GROUP, c.shape[1]]
-    for start, stop in zip(cuts, cuts[1:]):
-        if start < stop:
-            length = min(GROUP, stop - start)                                # of the last, ragged
-            part = c[:, start:stop].unflatten(1, (-1, length))
-            back = (at - places[start:stop:GROUP]).clamp(min=0)
-            turned = rope(q.expand(-1, len(back), -1, -1), back) * d**-0.5   # (B, n, H, d)
-            k = einsum("bnlc,clgd->lbngd", part, U[:, :length])
-            s = einsum("bngrd,lbngd->bgrnl", turned.unflatten(2, (k.shape[3], -1)), k)
-            parts.append(s.flatten(3).flatten(1, 2)[:, None])                # (B, 1, H, n*l)
-    return torch.cat(parts, -1)
+    if K.turns is not None:
+        return K.scores(q, c, rope, places)
+    k = K.keys(c, rope, places, q.shape[-1])                         # (B, S, G, d)
+    q = q.unflatten(2, (k.shape[2], -1)) * q.shape[-1] ** -0.5       # (B, 1, G, H/G, d)
+    s = torch.stack([(k * one).sum(-1) for one in q.unbind(3)], 2)   # (B, S, H/G, G)
+    return s.permute(0, 3, 2, 1).flatten(1, 2)[:, None]
 
 
 def mix(p, v):
@@ -195,7 +183,7 @@ class CompressedCache:
     def decode(self, q, k, v, rope, at):
         self.c_k[:, at], self.c_v[:, at] = self.K.latents(k, rope, at), self.V.shrink(v)
         places = torch.arange(self.capacity, device=at.device)
-        s = static_scores(q, self.c_k, self.K, places, at, rope).where(places <= at, -torch.inf)
+        s = static_scores(rope(q, at), self.c_k, self.K, places, rope).where(places <= at, -torch.inf)
         return self.V.heads(einsum("bths,bsc->bthc", softmax(s), self.c_v), self.d)
 
     @property
@@ -422,9 +410,9 @@ class BiBranchCache:
             self.ring_k[:, slot], self.ring_v[:, slot] = k, v
         ring = at - (slot - torch.arange(self.window, device=at.device)) % max(1, self.window)
         (c_k, places, filled), (c_v, *_) = self.c_k.whole(gone), self.c_v.whole(gone)
-        exact = torch.cat((rope(self.sink_k, slice(0, self.sinks)), rope(self.ring_k, ring)), 1)
-        late = static_scores(q, c_k, self.K, self.sinks + places, at, rope).where(filled, -torch.inf)
-        p = softmax(torch.cat((scores(rope(q, at), exact), late), -1))
+        q, exact = rope(q, at), (rope(self.sink_k, slice(0, self.sinks)), rope(self.ring_k, ring))
+        late = static_scores(q, c_k, self.K, self.sinks + places, rope).where(filled, -torch.inf)
+        p = softmax(torch.cat((scores(q, torch.cat(exact, 1)), late), -1))
         exact = torch.cat((self.sink_v, self.ring_v), 1)
         o = mix(p[..., :exact.shape[1]], exact)
         return o + self.V.heads(einsum("bths,bsc->bthc", p[..., exact.shape[1]:], c_v), self.d)
