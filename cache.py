@@ -103,17 +103,18 @@ def scores(q, k):
 
 
 def static_scores(q, c, K, places, rope):
-    """K.scores of one query (B, 1, H, d), rotated, and latents c (B, S, d_c) at `places` (S,).
+    """K.scores of one query (B, 1, H, d), rotated, and latents c (B, S, d_c) at `places`.
 
     Written so that a compiler reads each rebuilt key once: it is turned and multiplied with all
     queries of its group in registers, and no rotated key is ever stored.
     """
     if K.turns is not None:
         return K.scores(q, c, rope, places)
-    k = K.keys(c, rope, places, q.shape[-1])                         # (B, S, G, d)
-    q = q.unflatten(2, (k.shape[2], -1)) * q.shape[-1] ** -0.5       # (B, 1, G, H/G, d)
-    s = torch.stack([(k * one).sum(-1) for one in q.unbind(3)], 2)   # (B, S, H/G, G)
-    return s.permute(0, 3, 2, 1).flatten(1, 2)[:, None]
+    d = q.shape[-1]
+    first, second = rope.halves(K.expand(c, d), places)                      # (B, S, G, d/2)
+    q = q.unflatten(2, (first.shape[2], -1)) * d**-0.5                       # (B, 1, G, H/G, d)
+    s = [(first * one[..., :d // 2] + second * one[..., d // 2:]).sum(-1) for one in q.unbind(3)]
+    return torch.stack(s, -1).flatten(2).transpose(1, 2)[:, None]            # (B, 1, H, S)
 
 
 def mix(p, v):
@@ -182,8 +183,8 @@ class CompressedCache:
 
     def decode(self, q, k, v, rope, at):
         self.c_k[:, at], self.c_v[:, at] = self.K.latents(k, rope, at), self.V.shrink(v)
-        places = torch.arange(self.capacity, device=at.device)
-        s = static_scores(rope(q, at), self.c_k, self.K, places, rope).where(places <= at, -torch.inf)
+        s = static_scores(rope(q, at), self.c_k, self.K, slice(0, self.capacity), rope)
+        s = s.where(torch.arange(self.capacity, device=at.device) <= at, -torch.inf)
         return self.V.heads(einsum("bths,bsc->bthc", softmax(s), self.c_v), self.d)
 
     @property

@@ -186,6 +186,12 @@ class Rope:
         cos, sin = self.cos[positions][..., columns], self.sin[positions][..., columns]
         return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
+    def halves(self, x, positions):
+        """The same rotation, the halves of the last axis apart: a compiler need not store them."""
+        (x, y), (cos, _), (minus, sin) = (t.chunk(2, -1) for t in
+                                          (x, self.cos[positions], self.sin[positions]))
+        return x * cos + y * minus, y * cos + x * sin
+
 
 class Attention(nn.Module):
     """Multi-head and grouped-query attention (Eqs. 1-3, Sec. 4.3); softmax lives in the cache."""
