@@ -28,7 +28,7 @@ import math
 import os
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -301,7 +301,7 @@ def fingerprint(llama):
 
 def save_bases(folder, llama, plan, bases, method):
     """Write bases and plan to folder/bases.safetensors: whole or not at all. Raises UserError."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     shape, numbers = fingerprint(llama)
     tensors = {f"layers.{i}.{kind}.{part}": x.contiguous() for i, pair in enumerate(bases) if pair
                for kind, b in zip("kv", pair) for part, x in b._asdict().items()}
@@ -311,12 +311,12 @@ def save_bases(folder, llama, plan, bases, method):
     beside = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors | {"model": numbers}, beside, about)
+        beside.write_bytes(save(tensors | {"model": numbers}, about))
         os.replace(beside, path)
-    except Exception as e:
-        raise model.UserError(f"--save {folder}: {e}") from None
+    except OSError as e:
+        raise model.UserError(f"--save {folder}: {e.strerror or e}") from None
     finally:
-        if beside.is_file():
+        with suppress(OSError):
             beside.unlink()
 
 
@@ -353,17 +353,16 @@ def load_bases(folder, llama):
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         """One line, without the usage: what is wrong and where to look."""
-        self.exit(2, f"lorc: {' '.join(message.split())} (see --help)\n")
+        self.exit(2, f"{Path(self.prog).stem}: {' '.join(message.split()):.400} (see --help)\n")
 
 
 def within(kind, low, high, what):
     """An argparse type: a number of `kind` from low to high."""
     def read(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise ValueError
-        return value
-    read.__name__ = what
+        with suppress(ValueError):
+            if low <= (value := kind(text)) <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"should be a {what}, not {text!r:.40}")
     return read
 
 
@@ -376,7 +375,8 @@ DEFAULTS = {"cache": "compressed", "kept": 0.6, "threshold": math.inf, "skip": 0
 
 def command_line():
     """Every flag. None means not given: `settle` needs to know, and fills in the defaults."""
-    p = Parser(prog="lorc.py", description="LoRC and CSKV: a LLaMA that keeps a low-rank KV cache.")
+    p = Parser(prog="lorc.py", description="LoRC and CSKV: a LLaMA that keeps a low-rank KV cache.",
+               allow_abbrev=False)
     count, positive = within(int, 0, 10**9, "count"), within(int, 1, 10**9, "positive count")
     fraction, more = within(float, 1e-6, 1, "fraction in (0, 1]"), within(int, 2, 10**9, "count > 1")
     flag = p.add_argument
@@ -417,7 +417,7 @@ def command_line():
          help="Exact first tokens of the bi-branch cache; left out of calibration. Default: 4.")
     flag("--window", type=count, metavar="N",
          help="Exact last tokens of the bi-branch cache. Default: 32.")
-    flag("--bits", type=int, choices=[16, 4],
+    flag("--bits", type=within(int, 4, 16, "number, 16 or 4"), choices=[16, 4],
          help="Of a bi-branch latent; 16 stands for the model's own dtype. Default: 16.")
     flag = p.add_argument_group("running").add_argument
     flag("--max-new-tokens", type=positive, metavar="N", help="Default: 128.")
@@ -447,17 +447,22 @@ def settle(p, args):
         p.error("nothing to do: give --prompt TEXT, --perplexity FILE, --plan or --save DIR")
     if args.bases is not None:
         leave_out([*PLAN_FLAGS, "save"], "--bases brings its own plan")
-    if args.cache == "full" and not (args.compare or args.plan or args.save is not None):
+    if args.compare:
+        leave_out(["cache"], "--compare runs all three caches")
+    if args.cache == "full" and args.save is None:
         leave_out([*PLAN_FLAGS, "bases"], "--cache full keeps everything")
     if args.cache != "bibranch" and not args.compare:
         leave_out(["window", "bits"] + ["sinks"] * (args.calibrate is None),
                   "only --cache bibranch has two branches")
+    if args.prompt is None and args.perplexity is None:
+        leave_out(["compare", "cache", "window", "bits"],
+                  "no cache is filled without --prompt or --perplexity")
     if args.perplexity is None:
         leave_out(["context", "max_tokens"], "nothing is scored without --perplexity")
     if args.prompt is None:
         leave_out(SPEAK_FLAGS, "nothing is said without --prompt")
-        if args.perplexity is None:
-            leave_out(["compare"], "nothing to compare without --prompt or --perplexity")
+    if not args.temperature:
+        leave_out(["top_p", "seed"], "nothing is drawn at temperature 0; raise --temperature")
     if args.basis in ("svd", "norm"):
         leave_out(["calibrate"], f"--basis {args.basis} uses no text")
     if args.basis in ("asvd", "whitened") and args.calibrate is None:
@@ -489,13 +494,17 @@ def read_text(path):
 def open_model(args):
     """The model and its tokenizer, on the device and in the dtype asked for. Raises UserError."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = args.dtype or ("float32" if device.startswith("cpu") else None)
+    dtype = name and getattr(torch, name)
     try:
-        torch.zeros(1, device=device).item()
-    except Exception as e:
-        raise model.UserError(f"--device {device} cannot be used: {str(e):.100}") from None
-    dtype = args.dtype or ("float32" if torch.device(device).type == "cpu" else None)
+        trial = torch.ones(1, 1, dtype=dtype, device=device)
+        (trial @ trial).item()
+    except Exception:                                  # every backend has its own way to say no
+        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise model.UserError(f"--device {device} cannot be used{f' with {name}' if name else ''}; "
+                              f"here: {', '.join(here)}") from None
     folder = model.find_model(args.model)
-    llama = model.load(folder, dtype and getattr(torch, dtype), device)
+    llama = model.load(folder, dtype, device)
     return llama, model.Tokenizer(folder, llama.config)
 
 
@@ -504,8 +513,8 @@ def read_prompt(args, llama, tokenizer, prompt):
     prompt = read_text("-") if prompt == "-" else prompt
     ids = tokenizer.chat(prompt) if args.chat else tokenizer.encode(prompt)
     limit = llama.config.context
-    if not ids or not prompt.strip():
-        raise model.UserError("the prompt is empty; give some text")
+    if not tokenizer.fast.decode(ids).strip():
+        raise model.UserError("the prompt is empty or holds only special tokens; give some text")
     if len(ids) > limit:
         raise model.UserError(f"the prompt has {len(ids)} tokens, the model's context is {limit}; "
                               "shorten it")
@@ -738,23 +747,38 @@ def print_comparison(runs):
             print(f"\n--- {r['cache']['kind']}\n{r['text']}")
 
 
-def main(argv=None):
-    """The command line. Returns the status: 2 for what the user can mend, 130 after Ctrl-C."""
-    parser = command_line()
-    args = settle(parser, parser.parse_args(argv))
+def answer(name, work):
+    """The status of work(): 2 and one line for what the user can mend, 130 after Ctrl-C, 141 when
+    the reader of standard output (`| head`) has gone."""
     try:
         heavy_imports()
-        try:
-            with torch.inference_mode():
-                return run(args)
-        except BrokenPipeError:                          # the reader, `| head` say, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141
-        except (model.UserError, OSError) as e:
-            print("lorc:", " ".join(str(e).split()), file=sys.stderr)
-            return 2
+        with torch.inference_mode():
+            status = work()
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return 130
+    except OSError as e:                     # what waits to be written must not fail again at exit
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(e, BrokenPipeError):
+            return 141
+        message = str(e)
+    except model.UserError as e:
+        message = str(e)
+    except (MemoryError, RuntimeError) as e:
+        if type(e) is RuntimeError and "allocate" not in str(e):
+            raise
+        message = "not enough memory for this model, text and number of new tokens; ask for less"
+    print(f"{name}: {' '.join(message.split()):.400}", file=sys.stderr)
+    return 2
+
+
+def main(argv=None):
+    """The command line; `answer` says what the status means."""
+    parser = command_line()
+    args = settle(parser, parser.parse_args(argv))
+    return answer("lorc", lambda: run(args))
 
 
 if __name__ == "__main__":
