@@ -334,17 +334,19 @@ def load_bases(folder, llama):
             raise model.UserError(f"{path} was made for another model; make new ones with --save")
         good = len(kappa) == len(ranks) == L and all(type(x) is float for pair in kappa for x in pair)
         good &= all(type(x) is int and 1 <= x <= d_max for pair in ranks for x in pair)
+        if not good:
+            raise ValueError
         bases = [tuple(Basis(*(tensors[f"layers.{i}.{kind}.{part}"].to(llama.embed.weight)
                                for part in Basis._fields)) for kind in "kv")
                  if pair != (d_max, d_max) else None for i, pair in enumerate(ranks)]
-        good &= all(b.down.shape == b.up.T.shape == (d_c, d_max) and (b.down @ b.up).isfinite().all()
-                    for pair, dims in zip(bases, ranks) if pair for b, d_c in zip(pair, dims))
+        if not all(b.down.shape == b.up.T.shape == (d_c, d_max) and (b.down @ b.up).isfinite().all()
+                   for pair, dims in zip(bases, ranks) if pair for b, d_c in zip(pair, dims)):
+            raise ValueError
     except model.UserError:
         raise
-    except Exception as e:                          # anything at all can be wrong with a file
-        raise model.UserError(f"{path} holds no bases that can be read: {e!r:.80}") from None
-    if not good:
-        raise model.UserError(f"{path} holds bases whose plan is damaged; make new ones with --save")
+    except Exception:                               # anything at all can be wrong with a file
+        raise model.UserError(f"{path} holds no bases that can be read; make some with --save"
+                              ) from None
     return Plan(kappa, log_kappa_tilde([k + v for k, v in kappa]), ranks, d_max), bases
 
 
@@ -462,7 +464,7 @@ def settle(p, args):
     if args.prompt is None:
         leave_out(SPEAK_FLAGS, "nothing is said without --prompt")
     if not args.temperature:
-        leave_out(["top_p", "seed"], "nothing is drawn at temperature 0; raise --temperature")
+        leave_out(["top_p", "seed"], "nothing is drawn at temperature 0")
     if args.basis in ("svd", "norm"):
         leave_out(["calibrate"], f"--basis {args.basis} uses no text")
     if args.basis in ("asvd", "whitened") and args.calibrate is None:
@@ -538,6 +540,9 @@ def choose_bases(args, llama, tokenizer):
     if args.bases is not None:
         return load_bases(args.bases, llama)
     d_max, moments = llama.config.kv_width, None
+    if args.skip >= llama.config.layers:
+        raise model.UserError(f"--skip {args.skip} leaves none of the model's "
+                              f"{llama.config.layers} layers to compress")
     if args.d_min and args.d_min > d_max:
         raise model.UserError(f"--d-min {args.d_min} is above the KV width G*d = {d_max}")
     if args.basis == "norm":

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -1080,21 +1081,126 @@ def test_help_answers_before_torch_is_imported():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("args, word", [
-    (["--kept", "0"], "--kept"), (["--kept", "1.5"], "--kept"), (["--kept", "nan"], "--kept"), (["--bits", "3"], "--bits"),
-    (["--window", "-1"], "--window"), (["--kept", "0.5", "--d-min", "3"], "not allowed with"), (["--plan"], "not allowed with"),
-    (["--d-min", "9999"], "KV width"), (["--bits", "4"], "leave out --bits"), (["--context", "9"], "leave out --context"),
-    (["--cache", "full", "--kept", "0.5"], "leave out --kept"), (["--bases", "x", "--threshold", "0"], "leave out --threshold"),
-    (["--calibrate", __file__, "--sinks", "9999"], "calibrating needs"), (["--device", "meta"], "meta"),
-    (["--basis", "whitened"], "--calibrate"), (["--basis", "svd", "--calibrate", "x"], "leave out"),
-    (["--bases", "x", "--kept", "0.5"], "--kept"), (["--threshold", "nan"], "--threshold"), (["--cache", "half"], "--cache"),
-    (["--calibrate", "/nowhere"], "/nowhere"), (["--device", "abacus"], "abacus"), (["--bases", "/nowhere"], "/nowhere"),
-    (["--kept", "0.05"], "cannot be reached"), (["--chat"], "chat template"), (["--model", "/nowhere"], "/nowhere"),
-    (["--seed", "x"], "--seed"), (["--temperature", "-1"], "--temperature"), (["--top-p", "2"], "--top-p"),
-])
-def test_a_wrong_flag_ends_with_one_line_and_status_2(args, word, capsys):
-    status, out, err = cli(capsys, "--prompt", "Once", *args)
-    assert status == 2 and out == "" and word in err and err.count("\n") == 1
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A good checkpoint of 64 positions, good/, and beside it what a row below points at."""
+    d = tmp_path_factory.mktemp("places")
+    good, other = write_checkpoint(d / "good", RAW), write_checkpoint(d / "tied", RAW | VARIANTS["tied"])
+    for name, data in {"empty": b"", "blank": b" \n", "latin": b"caf\xe9", "binary": bytes(range(256)), "one": b"w1",
+                       "text": b"w1 w2 w3 " * 9, "bases.safetensors": b"junk"}.items():
+        (d / name).write_bytes(data)
+    for folder, bases in ((other, "b_other"), (good, "b_good"), (good, "b_kind"), (good, "b_plan")):
+        assert lorc.main(["--model", str(folder), "--save", str(d / bases)]) == 0
+    (d / "b_kind" / "bases.safetensors").write_bytes((good / "model.safetensors").read_bytes())
+    path = d / "b_plan" / "bases.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'\\"ranks\\": [[16', b'\\"ranks\\": [[99'))
+    return d
+
+
+WRONG = [line.split(" -> ") for line in """
+                        -> nothing to do: give --prompt
+--prompt w1 --perplexity {d}/text   -> not allowed with
+--prompt w1 --plan      -> not allowed with
+--prompt                -> --prompt: expected one argument
+--nonsense              -> unrecognized arguments: --nonsense
+--prompt w1 --temp 1    -> unrecognized arguments: --temp
+--prompt w1 w2          -> unrecognized arguments: w2
+--prompt w1 --kept 0    -> --kept: should be a fraction in (0, 1], not '0'
+--prompt w1 --kept 1.5  -> --kept: should be a fraction
+--prompt w1 --kept nan  -> --kept: should be a fraction
+--prompt w1 --kept half -> --kept: should be a fraction in (0, 1], not 'half'
+--prompt w1 --kept 0.05 -> --kept 0.05 cannot be reached
+--prompt w1 --kept 0.5 --d-min 3    -> --d-min: not allowed with argument --kept
+--prompt w1 --d-min 0   -> --d-min: should be a positive count
+--prompt w1 --d-min 2.5 -> --d-min: should be a positive count
+--prompt w1 --d-min 17  -> --d-min 17 is above the KV width G*d = 16
+--prompt w1 --threshold nan         -> --threshold: should be a number
+--prompt w1 --schedule linear       -> --schedule: invalid choice
+--prompt w1 --skip -1   -> --skip: should be a count
+--prompt w1 --skip 2    -> --skip 2 leaves none of the model's 2 layers to compress
+--prompt w1 --split 2   -> --split: should be a number in [-1, 1], not '2'
+--prompt w1 --split nan -> --split: should be a number
+--prompt w1 --basis pca -> --basis: invalid choice: 'pca'
+--prompt w1 --basis whitened        -> --basis whitened needs --calibrate FILE
+--prompt w1 --basis asvd            -> --basis asvd needs --calibrate FILE
+--prompt w1 --basis svd --calibrate {d}/text         -> --basis svd uses no text; leave out --calibrate
+--prompt w1 --calibrate /nowhere    -> /nowhere: No such file
+--prompt w1 --calibrate {d}/empty   -> {d}/empty holds no text
+--prompt w1 --calibrate {d}/binary  -> {d}/binary is not UTF-8 text (byte 128)
+--prompt w1 --calibrate {d}/one     -> calibrating needs 16
+--prompt w1 --calibrate {d}/text --sinks 9999        -> calibrating needs 16
+--prompt w1 --bases /nowhere        -> /nowhere/bases.safetensors holds no bases
+--prompt w1 --bases {d} -> {d}/bases.safetensors holds no bases
+--prompt w1 --bases {d}/b_kind      -> {d}/b_kind/bases.safetensors holds no bases
+--prompt w1 --bases {d}/b_other     -> was made for another model; make new ones with --save
+--prompt w1 --bases {d}/b_plan      -> {d}/b_plan/bases.safetensors holds no bases that can be read; make some with --save
+--prompt w1 --bases x --kept 0.5    -> --bases brings its own plan; leave out --kept
+--prompt w1 --bases x --threshold 0 -> --bases brings its own plan; leave out --threshold
+--prompt w1 --bases x --save y      -> --bases brings its own plan; leave out --save
+--prompt w1 --cache half            -> --cache: invalid choice: 'half' (choose from
+--prompt w1 --cache full --kept 0.5 -> --cache full keeps everything; leave out --kept
+--prompt w1 --cache full --bases x  -> --cache full keeps everything; leave out --bases
+--prompt w1 --compare --cache full  -> --compare runs all three caches; leave out --cache
+--prompt w1 --sinks 1   -> only --cache bibranch has two branches; leave out --sinks
+--prompt w1 --bits 4    -> only --cache bibranch has two branches; leave out --bits
+--prompt w1 --cache bibranch --window -1             -> --window: should be a count, not '-1'
+--prompt w1 --cache bibranch --sinks 1e3             -> --sinks: should be a count, not '1e3'
+--prompt w1 --cache bibranch --bits 3                -> --bits: should be a number, 16 or 4, not '3'
+--prompt w1 --cache bibranch --bits 8                -> --bits: invalid choice: 8 (choose from
+--prompt w1 --cache bibranch --bits four             -> --bits: should be a number, 16 or 4, not 'four'
+--plan --compare        -> no cache is filled without --prompt or --perplexity; leave out --compare
+--plan --cache bibranch -> no cache is filled without --prompt or --perplexity; leave out --cache
+--plan --seed 3         -> nothing is said without --prompt; leave out --seed
+--plan --json=yes       -> --json: ignored explicit argument
+--prompt w1 --context 9 -> nothing is scored without --perplexity; leave out --context
+--prompt w1 --max-tokens 9          -> leave out --max-tokens
+--prompt w1 --max-new-tokens 0      -> --max-new-tokens: should be a positive count
+--prompt w1 --temperature -1        -> --temperature: should be a number >= 0
+--prompt w1 --temperature inf       -> --temperature: should be a number >= 0
+--prompt w1 --temperature 1 --top-p 2                -> --top-p: should be a fraction in (0, 1]
+--prompt w1 --temperature 1 --seed x                 -> --seed: should be a count, not 'x'
+--prompt w1 --seed 3    -> nothing is drawn at temperature 0; leave out --seed
+--prompt w1 --temperature 0 --top-p 0.9              -> nothing is drawn at temperature 0; leave out --top-p
+--prompt w1 --chat      -> no chat template; leave out --chat
+--prompt ''             -> the prompt is empty
+--prompt '  '           -> the prompt is empty
+--prompt '<|endoftext|>' --model {tiny}              -> only special tokens
+--prompt \udcff         -> not valid Unicode
+--prompt w1 --model /nowhere        -> /nowhere is not a folder; --model takes one
+--prompt w1 --model {d}/text        -> {d}/text is not a folder; --model takes one
+--prompt w1 --model {d} -> {d}/config.json: No such file
+--prompt w1 --model {d}/{long}      -> File name too long
+--prompt w1 --device abacus         -> --device abacus cannot be used; here: cpu
+--prompt w1 --device gpu            -> --device gpu cannot be used; here: cpu
+--prompt w1 --device meta           -> --device meta cannot be used
+--prompt w1 --device cuda:99        -> --device cuda:99 cannot be used
+--prompt w1 --dtype int8            -> --dtype: invalid choice: 'int8'
+--prompt w1 --save {d}/text         -> --save {d}/text: File exists
+--prompt w1 --save {d}/text/x       -> --save {d}/text/x: Not a directory
+--perplexity /nowhere   -> /nowhere: No such file
+--perplexity {d}        -> {d}: Is a directory
+--perplexity /proc/self/mem         -> /proc/self/mem: Input/output error
+--perplexity {d}/empty  -> {d}/empty holds no text
+--perplexity {d}/blank  -> {d}/blank holds no text
+--perplexity {d}/latin  -> {d}/latin is not UTF-8 text (byte 3)
+--perplexity {d}/one    -> {d}/one is too short to score
+--perplexity {d}/text --context 1   -> --context: should be a count > 1
+--perplexity {d}/text --context 65  -> --context 65 is beyond the model's 64 positions
+--perplexity {d}/text --max-tokens 1                 -> --max-tokens: should be a count > 1
+--perplexity {d}/text --chat        -> nothing is said without --prompt; leave out --chat
+""".strip("\n").splitlines()]
+
+
+@pytest.mark.parametrize("line, word", WRONG, ids=[line.strip() for line, _ in WRONG])
+def test_a_wrong_command_ends_with_one_line_and_status_2(line, word, places, capsys):
+    names = {"d": places, "tiny": HERE / "tiny", "long": "x" * 300}
+    args = [a.encode().decode("unicode_escape") if "\\" in a else a for a in shlex.split(line.format(**names), posix=True)]
+    status, out, err = cli(capsys, "--model", places / "good", *args)
+    assert (status, out, err.count("\n")) == (2, "", 1) and err.startswith("lorc: ") and word.format(**names) in err
+
+
+def test_the_table_of_wrong_commands_is_as_long_as_promised():
+    assert len(WRONG) >= 60
 
 
 def test_a_prompt_that_is_empty_or_too_long_ends_with_one_line(capsys, tmp_path):
