@@ -286,7 +286,10 @@ def hf_name(name: str) -> str:
 
 def inside(folder: Path, path: Path) -> bool:
     """Is this a file, and no link out of its folder? The Hub's cache links snapshots/x to blobs."""
-    real, home = path.resolve(), folder.resolve()
+    try:
+        real, home = path.resolve(), folder.resolve()
+    except (ValueError, RuntimeError):                             # no name at all, or a loop
+        return False
     blobs = home.parent.parent / "blobs"
     return path.is_file() and (home in real.parents or
                                home.parent.name == "snapshots" and blobs in real.parents)
@@ -306,23 +309,31 @@ def find_tensors(folder: Path) -> dict[str, Path]:
         if not inside(folder, path):
             raise UserError(f"{path} is not a plain file in this folder; copy it there")
         return dict.fromkeys(header(path), path)
-    names = read_json(index).get("weight_map")
+    names, files = read_json(index).get("weight_map"), {}
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index} has no weight_map")
-    for shard in set(map(str, names.values())):
+    for shard in sorted(set(map(str, names.values()))):
         if Path(shard).name != shard or not inside(folder, folder / shard):
             raise UserError(f"{index.name} names the shard {shard!r:.80}, "
                             f"which is not a file in {folder}")
-    return {name: folder / shard for name, shard in names.items()}
+        held = dict.fromkeys(header(folder / shard), folder / shard)
+        if twice := files.keys() & held:
+            raise UserError(f"{shard} holds {min(twice)!r:.80}, and so does another shard")
+        files |= held
+    return files
 
 
 def header(path: Path) -> list[str]:
-    """The names of the tensors in one safetensors file."""
+    """The names of the tensors in one safetensors file. Raises UserError when one comes twice."""
     try:
-        with safe_open(path, "pt") as f:
-            return list(f.keys())
-    except (SafetensorError, OSError) as e:
+        with safe_open(path, "pt") as f, open(path, "rb") as raw:
+            names, size = list(f.keys()), int.from_bytes(raw.read(8), "little")
+            keys = json.loads(raw.read(size), object_pairs_hook=lambda pairs: [k for k, _ in pairs])
+    except (SafetensorError, OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path} is not a readable safetensors file: {e}") from None
+    if len(names) != sum(key != "__metadata__" for key in keys):
+        raise UserError(f"{path} is not a readable safetensors file: a name comes twice in it")
+    return names
 
 
 def read_tensor(path: Path, name: str, shape, dtype, device) -> torch.Tensor:
@@ -454,9 +465,9 @@ class Tokenizer:
         """Token ids; begins with BOS exactly when the tokenizer says so (and `special`)."""
         try:
             ids = self.fast.encode(text, add_special_tokens=special).ids
+            bos = self.fast.token_to_id(self.special("bos_token"))
         except (UnicodeEncodeError, TypeError):
-            raise UserError("the text is not valid Unicode") from None
-        bos = self.fast.token_to_id(self.special("bos_token"))
+            raise UserError("the text, or this model's bos_token, is not valid Unicode") from None
         wish = self.options.get("add_bos_token")
         if special and bos is not None and isinstance(wish, bool) and wish != (ids[:1] == [bos]):
             ids = [bos, *ids] if wish else ids[1:]
@@ -469,7 +480,7 @@ class Tokenizer:
         """Token ids of one user message in the model's own chat template.
 
         The template is a program: it is rendered in a sandbox, in a process of its own that is
-        given five seconds and 1 GiB. Raises UserError when it cannot be.
+        given two seconds and 1 GiB. Raises UserError when it cannot be.
         """
         names = {"messages": [{"role": "user", "content": text}], "add_generation_prompt": True,
                  "tools": None, "bos_token": self.special("bos_token"),
@@ -477,7 +488,7 @@ class Tokenizer:
         task = json.dumps([self.template(), names]).encode()
         program = inspect.getsource(render) + "render()"
         done = subprocess.run([sys.executable, "-I", "-c", program], input=task, capture_output=True)
-        rendered, error = json.loads(done.stdout or '["", "it took more than 5 s or 1 GiB"]')
+        rendered, error = json.loads(done.stdout or '["", "it took more than 2 s or 1 GiB"]')
         if error:
             raise UserError(f"the chat template cannot be rendered: {error}")
         return self.encode(rendered, special=False)
@@ -495,7 +506,7 @@ def render():
 
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
-    resource.setrlimit(resource.RLIMIT_CPU, (5, 5))
+    resource.setrlimit(resource.RLIMIT_CPU, (2, 2))
 
     def refuse(message):
         raise ValueError(message)

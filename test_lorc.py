@@ -300,6 +300,108 @@ def test_a_broken_folder_ends_with_one_line(what, word, tmp_path, capsys):
     assert status == 2 and out == "" and word in err and err.count("\n") == 1
 
 
+def config(**change):
+    return "config.json", lambda data: json.dumps(json.loads(data) | change).encode()
+
+
+def index(**change):
+    names = dict.fromkeys(tensor_shapes(RAW), "model.safetensors") | change.pop("names", {})
+    return "model.safetensors.index.json", lambda data: json.dumps({"weight_map": names} | change).encode()
+
+
+def header(old, new, count=1):
+    """A change of the text that precedes the weights in a safetensors file; its length is kept right."""
+    def change(data):
+        size = int.from_bytes(data[:8], "little")
+        text = data[8:8 + size].replace(old, new, count)
+        assert text != data[8:8 + size]
+        return len(text).to_bytes(8, "little") + text + data[8 + size:]
+    return "model.safetensors", change
+
+
+def weights(word):
+    """One number of the weights, not in the first tensor alone."""
+    return "model.safetensors", lambda data: data[:-4000] + np.float32(word).tobytes() + data[-3996:]
+
+
+def file(name, content):
+    return name, lambda data: content
+
+
+NORM = b'"model.norm.weight":{"dtype":"F32","shape":[32],"data_offsets":['
+FORGED = [
+    (config(hidden_size=0), "hidden_size should be a positive int, not 0"), (config(vocab_size=2**31), "vocab_size should be"),
+    (config(num_hidden_layers=2**31 - 1), "2147483647 layers"), (config(num_hidden_layers=3), "lacks the tensor model.layers.2"),
+    (config(num_hidden_layers=1), "'model.layers.1."), (config(num_attention_heads=2**30, head_dim=2**30), "beyond what a tensor can have"),
+    (config(hidden_size=2**31 - 1, intermediate_size=2**31 - 1, head_dim=8), "beyond what a tensor can have"),
+    (config(vocab_size=2**31 - 1), "has shape (61, 32), config.json implies (2147483647, 32)"), (config(vocab_size=60), "implies (60, 32)"),
+    (config(rms_norm_eps=float("nan")), "rms_norm_eps should be a positive float, not nan"), (config(rms_norm_eps=0), "rms_norm_eps"),
+    (config(rope_theta=1e300), "rope_theta should be"), (config(rope_theta=1e-9), "rope_theta and factor should be at least 1"),
+    (config(rope_scaling=LLAMA3 | {"low_freq_factor": 4.0}), "low_freq_factor should be below"), (config(max_position_embeddings=-5), "max_position"),
+    (config(model_type=["llama"]), "['llama'] model"), (config(rope_scaling="x"), "rope_scaling should be an object"),
+    (file("config.json", b"[" * 100_000), "not valid JSON"), (file("config.json", b'{"a":' * 100_000), "not valid JSON"),
+    (file("config.json", b"[]"), "should hold a JSON object, not a list"), (file("config.json", b"\xff\xfe"), "not UTF-8"),
+    (file("config.json", b"9" * 5000), "not valid JSON"), (file("config.json", b" " * (2**26 + 1)), "larger than 64 MiB"),
+    (index(names={"model.norm.weight": "../model.safetensors"}), "'../model.safetensors', which is not a file in"),
+    (index(names={"model.norm.weight": "/etc/passwd"}), "'/etc/passwd', which is not"), (index(names={"model.norm.weight": "."}), "not a file in"),
+    (index(names={"model.norm.weight": "a\0b"}), "not a file in"), (index(names={"model.norm.weight": "\ud800"}), "not a file in"),
+    (index(names={"model.norm.weight": None}), "'None', which is not a file"), (index(names={"model.norm.weight": "config.json"}), "not a readable"),
+    (index(weight_map=[1]), "has no weight_map"), (index(weight_map={}), "has no weight_map"),
+    (header(NORM, NORM[:-1] + b"[" * 9), "not a readable safetensors file"), (header(b'"F32"', b'"F16"'), "not a readable"),
+    (header(b'"F32"', b'"F99"'), "not a readable"), (header(NORM, NORM + b"-"), "not a readable"), (header(NORM, NORM + b"9" * 20), "not a readable"),
+    (header(b"{", b"{" + NORM + b"0,128]},"), "a name comes twice"), (header(b"{", b"[" * 100_000), "not a readable"),
+    (header(b"[16,32]", b"[32,16]"), "has shape (32, 16), config.json implies (16, 32)"), (header(b"[16,32]", b"[512]"), "has shape (512,)"),
+    (("model.safetensors", lambda data: (2**62).to_bytes(8, "little") + data[8:]), "not a readable"), (file("model.safetensors", b""), "not a readable"),
+    (weights("nan"), "holds NaN or infinite numbers"), (weights("-inf"), "holds NaN or infinite numbers"),
+    (file("tokenizer.json", b"{}"), "cannot be read as a tokenizer"), (file("tokenizer.json", b"\xff"), "not UTF-8"),
+    (file("tokenizer.json", b"[" * 100_000), "cannot be read as a tokenizer"), (file("tokenizer_config.json", b"[]"), "should hold a JSON object"),
+    (file("tokenizer_config.json", b'{"bos_token": "\\udcff"}'), "not valid Unicode"), (file("generation_config.json", b"x"), "not valid JSON"),
+    (("tokenizer.json", lambda data: data.replace(b'"w1": 1,', b'"w1": 99,')), "gives token 99, config.json has vocab_size 61"),
+]
+
+
+@pytest.mark.parametrize("how, word", FORGED, ids=[f"{how[0]}: {word}" for how, word in FORGED])
+def test_a_forged_checkpoint_ends_with_one_line(how, word, tmp_path, capsys):
+    """Each a change of one file; those that fuzzing found are among them."""
+    (name, change), folder = how, write_checkpoint(tmp_path, RAW)
+    path = folder / name
+    path.write_bytes(change(path.read_bytes() if path.exists() else b""))
+    status, out, err = cli(capsys, "--model", folder, "--prompt", "w1", "--cache", "full")
+    assert (status, out, err.count("\n")) == (2, "", 1) and word in err and len(err) < 450
+
+
+def test_a_tensor_in_two_shards_ends_with_one_line(tmp_path, capsys):
+    folder = write_checkpoint(tmp_path, RAW, shards=2)
+    (folder / "model-1.safetensors").write_bytes((folder / "model-0.safetensors").read_bytes())
+    status, out, err = cli(capsys, "--model", folder, "--prompt", "w1", "--cache", "full")
+    assert status == 2 and "and so does another shard" in err and err.count("\n") == 1
+
+
+def test_weights_may_be_links_in_the_hubs_cache_and_nowhere_else(tmp_path, capsys):
+    """models--x/snapshots/rev/model.safetensors -> ../../blobs/hash, as huggingface_hub makes it."""
+    repository = tmp_path / "models--a--b"
+    folder = write_checkpoint(repository / "snapshots" / "rev", RAW)
+    (repository / "blobs").mkdir()
+    for target, word in ((repository / "blobs" / "hash", None), (tmp_path / "elsewhere", "is not a plain file in this folder")):
+        (folder / "model.safetensors").resolve().rename(target)
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        (folder / "model.safetensors").symlink_to(os.path.relpath(target, folder))
+        status, _, err = cli(capsys, "--model", folder, "--prompt", "w1", "--cache", "full", "--max-new-tokens", 1)
+        assert (status, err.count("\n")) == (2, 1) and word in err if word else status == 0
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    status, _, err = cli(capsys, "--model", folder, "--prompt", "w1")
+    assert status == 2 and "config.json is not a plain file" in err
+
+
+def test_mutated_checkpoints_run_or_are_refused_in_one_line():
+    """300 seeds of experiments/fuzz.py, which says what must hold; a failure prints the seed and its fault."""
+    sys.path.insert(0, str(HERE / "experiments"))
+    import fuzz
+    counts, findings = fuzz.fuzz(1_000_000, 300)
+    assert not findings and counts["ran"] > 50 and counts["refused"] > 150
+
+
 # Sec. 3: text and generation ---------------------------------------------------------------------
 
 def test_the_stream_of_text_is_the_text(real):
@@ -321,17 +423,24 @@ def test_bos_is_added_exactly_when_the_tokenizer_says_so(tmp_path):
         assert model.Tokenizer(folder, model.read_config(folder)).encode("w5 w6")[0] == first
 
 
-def test_chat_templates_are_rendered_and_cannot_reach_python(tmp_path):
+@pytest.mark.parametrize("template, want", [
+    ("{% for m in messages %}w3 {{ m['content'] }}{% endfor %}{% if add_generation_prompt %} w4{% endif %}", [3, 9, 4]),
+    ("{{ ''.__class__.__mro__ }}", "SecurityError"), ("{{ self.__init__.__globals__ }}", "SecurityError"),
+    ("{{ cycler.__init__.__globals__.os }}", "SecurityError"), ("{{ raise_exception('no') }}", "rendered: ValueError: no"),
+    ("{{ messages.append(1) }}", "SecurityError"), ("{% include 'x' %}", "no loader"), ("{{", "TemplateSyntaxError"), (3, "no chat template"),
+    ("{% for i in range(10**9) %}{% endfor %}", "OverflowError"), ("{{ 'w' * 10**10 }}", "MemoryError"),
+    ("{{ 'w' * 2**21 }}", "a million characters"),
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 2 s or 1 GiB"),
+])
+def test_chat_templates_are_rendered_and_cannot_reach_python_nor_run_on(template, want, tmp_path):
     folder = write_checkpoint(tmp_path, RAW)
-    good = "{% for m in messages %}w3 {{ m['content'] }}{% endfor %}{% if add_generation_prompt %} w4{% endif %}"
-    for template, ids in [(good, [3, 9, 4]), ("{{ ''.__class__.__mro__ }}", None), ("{{ raise_exception('no') }}", None)]:
-        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-        tokenizer = model.Tokenizer(folder, model.read_config(folder))
-        if ids:
-            assert tokenizer.chat("w9") == ids
-        else:
-            with pytest.raises(model.UserError, match="template"):
-                tokenizer.chat("w9")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    tokenizer = model.Tokenizer(folder, model.read_config(folder))
+    if isinstance(want, list):
+        assert tokenizer.chat("w9") == want
+    else:
+        with pytest.raises(model.UserError, match=want):
+            tokenizer.chat("w9")
 
 
 def test_every_named_end_token_ends_the_text(tmp_path):
