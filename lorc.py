@@ -201,7 +201,7 @@ def calibrated_moments(llama, tokens, kind, sinks=4, context=1024, windows=32):
     finally:
         for hook in hooks:
             hook.remove()
-    return [total / seen for total in sums]
+    return [finite(total / seen, llama.embed.weight.dtype) for total in sums]
 
 
 # Running -----------------------------------------------------------------------------------------
@@ -225,11 +225,12 @@ def full_bytes(llama, capacity, B=1):
     return 2 * B * capacity * c.kv_width * c.layers * llama.embed.weight.element_size()
 
 
-def finite(logits):
-    """The logits themselves. Raises UserError when the model has overflowed its dtype."""
-    if not torch.isfinite(logits).all():
-        raise model.UserError(f"the model overflows in {str(logits.dtype)[6:]}; give another --dtype")
-    return logits
+def finite(x, dtype=None):
+    """x itself. Raises UserError when the model has overflowed its dtype, x's own by default."""
+    if not torch.isfinite(x).all():
+        raise model.UserError(f"the model overflows in {str(dtype or x.dtype)[6:]}; "
+                              "give another --dtype")
+    return x
 
 
 def sample(logits, temperature, top_p, generator):
@@ -272,7 +273,7 @@ def negative_log_likelihood(llama, tokens, context, make_caches):
 @contextmanager
 def measuring(llama, bases):
     """Collect ||k - k~|| / ||k|| and ||v - v~|| / ||v|| of each layer over all tokens seen."""
-    sums = torch.zeros(len(llama.layers), 2, 2)
+    sums = torch.zeros(len(llama.layers), 2, 2, dtype=torch.float64)
 
     def collect(layer, which, pair):
         def hook(module, inputs, k):
@@ -288,6 +289,7 @@ def measuring(llama, bases):
     finally:
         for hook in hooks:
             hook.remove()
+        finite(sums, llama.embed.weight.dtype)
         errors += (sums[..., 0] / sums[..., 1].clamp(min=1e-30)).sqrt().tolist()
 
 

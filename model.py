@@ -17,9 +17,11 @@ holds is ignored.
 """
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -363,15 +365,24 @@ def read_tensor(path: Path, name: str, shape, dtype, device) -> torch.Tensor:
 
 
 def find_model(name: str) -> Path:
-    """A checkpoint's folder: `name` itself, or what the Hub has under that id. Raises UserError."""
+    """A checkpoint's folder: `name` itself, or what the Hub has under that id. Raises UserError.
+
+    Of a Hub repository only HUB_FILES are downloaded, into huggingface_hub's cache.
+    """
     if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         return Path(name)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import errors, snapshot_download
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except Exception as e:
-        raise UserError(f"{name} is no folder here, and the Hub says: "
-                        f"{str(e):.200}") from None
+    except errors.GatedRepoError:
+        why = "the Hub gives it to those it lets in only: ask on its page, then `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        why = "the Hub has none of that name, or not for you (`hf auth login`)"
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        why = "the Hub cannot be reached and none was downloaded before"
+    except Exception as e:                          # whatever else the network can do
+        why = f"the Hub says: {str(e):.100}"
+    raise UserError(f"{name} is no folder here; {why}")
 
 
 def check_names(folder: Path, files: dict, wanted: dict, tied: bool) -> None:
@@ -421,6 +432,27 @@ def load(folder, dtype=None, device="cpu") -> Llama:
 
 # Text --------------------------------------------------------------------------------------------
 
+@contextmanager
+def refusing(what: str):
+    """Make a UserError of all that the tokenizers library throws.
+
+    A damaged file can make it panic: that is no Exception in Python, and it writes lines of its own
+    to file 2, which is closed to it meanwhile.
+    """
+    keep, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:
+        raise UserError(f"{what}: {e}") from None
+    finally:
+        os.dup2(keep, 2)
+        os.close(keep)
+        os.close(null)
+
+
 class Tokenizer:
     """Text <-> tokens by the checkpoint's own files: tokenizer.json, chat template, end tokens."""
 
@@ -428,10 +460,8 @@ class Tokenizer:
         folder, self.config = Path(folder), config
         path = folder / "tokenizer.json"
         text = read_text(path, 2**28)
-        try:
+        with refusing(f"{path} cannot be read as a tokenizer"):
             self.fast = FastTokenizer.from_str(text)
-        except Exception as e:                      # the library raises a bare Exception
-            raise UserError(f"{path} cannot be read as a tokenizer: {e}") from None
         self.fast.no_truncation()                   # settings of its training, not of the model
         self.fast.no_padding()
         optional = {n: read_json(folder / n) if (folder / n).exists() else {}
@@ -463,11 +493,10 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; begins with BOS exactly when the tokenizer says so (and `special`)."""
-        try:
+        with refusing("this model's tokenizer cannot read the text"):
+            text.encode()                           # raises where it is not valid Unicode
             ids = self.fast.encode(text, add_special_tokens=special).ids
             bos = self.fast.token_to_id(self.special("bos_token"))
-        except (UnicodeEncodeError, TypeError):
-            raise UserError("the text, or this model's bos_token, is not valid Unicode") from None
         wish = self.options.get("add_bos_token")
         if special and bos is not None and isinstance(wish, bool) and wish != (ids[:1] == [bos]):
             ids = [bos, *ids] if wish else ids[1:]

@@ -4,15 +4,20 @@ Four kinds, under banners: worked by hand; property (Hypothesis draws what the s
 over); parity (an independent implementation); must fail (a counterexample to a printed claim).
 `LORC_MODEL=PATH pytest` runs the tests on a real checkpoint against that one; without it, on tiny/.
 """
+import errno
 import functools
+import http.server
 import json
 import math
 import os
 import re
+import resource
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -328,6 +333,8 @@ def file(name, content):
     return name, lambda data: content
 
 
+PANIC = b""""post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "A", "type_id": 0}}], "pair": [],
+         "special_tokens": {"B": {"id": "A", "ids": [1], "tokens": ["w1"]}}}"""                  # the key and the id differ
 NORM = b'"model.norm.weight":{"dtype":"F32","shape":[32],"data_offsets":['
 FORGED = [
     (config(hidden_size=0), "hidden_size should be a positive int, not 0"), (config(vocab_size=2**31), "vocab_size should be"),
@@ -353,20 +360,21 @@ FORGED = [
     (header(b"[16,32]", b"[32,16]"), "has shape (32, 16), config.json implies (16, 32)"), (header(b"[16,32]", b"[512]"), "has shape (512,)"),
     (("model.safetensors", lambda data: (2**62).to_bytes(8, "little") + data[8:]), "not a readable"), (file("model.safetensors", b""), "not a readable"),
     (weights("nan"), "holds NaN or infinite numbers"), (weights("-inf"), "holds NaN or infinite numbers"),
+    (("tokenizer.json", lambda data: data.replace(b'"post_processor": null', PANIC)), "cannot read the text: no entry found for key"),
     (file("tokenizer.json", b"{}"), "cannot be read as a tokenizer"), (file("tokenizer.json", b"\xff"), "not UTF-8"),
     (file("tokenizer.json", b"[" * 100_000), "cannot be read as a tokenizer"), (file("tokenizer_config.json", b"[]"), "should hold a JSON object"),
-    (file("tokenizer_config.json", b'{"bos_token": "\\udcff"}'), "not valid Unicode"), (file("generation_config.json", b"x"), "not valid JSON"),
+    (file("tokenizer_config.json", b'{"bos_token": "\\udcff"}'), "cannot read the text: 'utf-8' codec"), (file("generation_config.json", b"x"), "not valid JSON"),
     (("tokenizer.json", lambda data: data.replace(b'"w1": 1,', b'"w1": 99,')), "gives token 99, config.json has vocab_size 61"),
 ]
 
 
 @pytest.mark.parametrize("how, word", FORGED, ids=[f"{how[0]}: {word}" for how, word in FORGED])
-def test_a_forged_checkpoint_ends_with_one_line(how, word, tmp_path, capsys):
-    """Each a change of one file; those that fuzzing found are among them."""
+def test_a_forged_checkpoint_ends_with_one_line(how, word, tmp_path, capfd):
+    """Each a change of one file; those that fuzzing found are among them. File 2 is read, where a panic in Rust would write."""
     (name, change), folder = how, write_checkpoint(tmp_path, RAW)
     path = folder / name
     path.write_bytes(change(path.read_bytes() if path.exists() else b""))
-    status, out, err = cli(capsys, "--model", folder, "--prompt", "w1", "--cache", "full")
+    status, out, err = cli(capfd, "--model", folder, "--prompt", "w1", "--cache", "full")
     assert (status, out, err.count("\n")) == (2, "", 1) and word in err and len(err) < 450
 
 
@@ -392,6 +400,75 @@ def test_weights_may_be_links_in_the_hubs_cache_and_nowhere_else(tmp_path, capsy
     os.mkfifo(folder / "config.json")
     status, _, err = cli(capsys, "--model", folder, "--prompt", "w1")
     assert status == 2 and "config.json is not a plain file" in err
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub's API as a download needs: what is in a repository, and its files."""
+
+    def do_GET(self):
+        parts = self.path.split("?")[0].strip("/").split("/")
+        api = parts[:2] == ["api", "models"]
+        name = "/".join(parts[2:4] if api else parts[:2])
+        files, path = self.server.repositories.get(name, {}), "/".join(parts[4:])
+        if name == "org/gated":
+            self.reply(403, {"X-Error-Code": "GatedRepo"})
+        elif not files:
+            self.reply(404, {"X-Error-Code": "RepoNotFound"})
+        elif api and "tree" in parts:
+            self.reply(200, {}, json.dumps([{"type": "file", "path": f, "size": len(x), "oid": f} for f, x in files.items()]).encode())
+        elif api:
+            self.reply(200, {}, json.dumps({"id": name, "sha": "a" * 40, "siblings": [{"rfilename": f} for f in files]}).encode())
+        else:
+            self.server.asked.add(path)
+            self.reply(200, {"ETag": f'"{path}"', "X-Repo-Commit": "a" * 40}, files[path])
+
+    do_HEAD = do_GET
+
+    def reply(self, status, headers, body=b""):
+        self.send_response(status)
+        for item in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(*item)
+        self.end_headers()
+        self.wfile.write(body if self.command == "GET" else b"")
+
+    def log_message(self, *args):
+        pass
+
+
+HUB_CLIENT = """
+import contextlib, io, json, sys, lorc
+import huggingface_hub.constants as hub
+answers = []
+for name in "good gated nothing pickled/x a--b good gone good gone".split():
+    if len(answers) == 5:
+        hub.ENDPOINT = "http://127.0.0.1:9"                # nobody listens there
+    hub.HF_HUB_OFFLINE = len(answers) >= 7
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
+        status = lorc.main(["--model", name if "/" in name else "org/" + name, "--prompt", "w1", "--max-new-tokens", "2"])
+    answers.append((name, status, err.getvalue().splitlines()[-1]))
+print(json.dumps(answers))
+"""
+
+
+def test_a_hub_id_downloads_what_is_read_and_else_says_in_one_line_why_not(tmp_path):
+    """Against a server on the loopback address: there, gated, not there, without safetensors, no valid name;
+    then with the server gone, and with HF_HUB_OFFLINE: what was downloaded before still runs."""
+    folder = write_checkpoint(tmp_path / "good", RAW, shards=2)
+    good = {f.name: f.read_bytes() for f in folder.iterdir()}
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.asked, junk = set(), dict.fromkeys(["pytorch_model.bin", "README.md", "onnx/model.safetensors", "consolidated.safetensors"], b"x")
+    server.repositories = {"org/good": good | junk, "pickled/x": {"config.json": good["config.json"], "pytorch_model.bin": b"x"}}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "*"}
+    done = subprocess.run([sys.executable, "-c", HUB_CLIENT], cwd=HERE, env=env, capture_output=True, text=True)
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 0, done.stderr
+    want = [(0, ""), (2, "ask on its page"), (2, "has none of that name"), (2, "pickled .bin weights are never read"),
+            (2, "the Hub says: "), (0, ""), (2, "cannot be reached"), (0, ""), (2, "cannot be reached")]
+    for (name, status, line), (code, word) in zip(json.loads(done.stdout), want, strict=True):
+        assert status == code and word in line and len(line) < 400, (name, status, line)
+    assert server.asked == set(good)
 
 
 def test_mutated_checkpoints_run_or_are_refused_in_one_line():
@@ -1274,7 +1351,7 @@ WRONG = [line.split(" -> ") for line in """
 --prompt ''             -> the prompt is empty
 --prompt '  '           -> the prompt is empty
 --prompt '<|endoftext|>' --model {tiny}              -> only special tokens
---prompt \udcff         -> not valid Unicode
+--prompt \udcff         -> cannot read the text: 'utf-8' codec can't encode
 --prompt w1 --model /nowhere        -> /nowhere is not a folder; --model takes one
 --prompt w1 --model {d}/text        -> {d}/text is not a folder; --model takes one
 --prompt w1 --model {d} -> {d}/config.json: No such file
@@ -1310,6 +1387,97 @@ def test_a_wrong_command_ends_with_one_line_and_status_2(line, word, places, cap
 
 def test_the_table_of_wrong_commands_is_as_long_as_promised():
     assert len(WRONG) >= 60
+
+
+# Full disks, closed pipes, Ctrl-C --------------------------------------------------------- by hand ---
+
+def test_a_save_that_fails_leaves_what_was_there(places, tmp_path, capsys, monkeypatch):
+    """A limit of 1,000 bytes a file stands for a full disk; then a folder that may not be written; then no rename."""
+    save = ["--model", places / "good", "--save", tmp_path / "b"]
+    path = tmp_path / "b" / "bases.safetensors"
+    assert cli(capsys, *save)[0] == 0
+    before = path.read_bytes()
+    umask = os.umask(0o027)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+    def fails(word):
+        status, out, err = cli(capsys, *save, "--d-min", 3)
+        assert (status, out, err.count("\n")) == (2, "", 1) and word in err
+        assert [f.name for f in path.parent.iterdir()] == [path.name] and path.read_bytes() == before
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        fails("File too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    def refuse(*args):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    monkeypatch.setattr(os, "replace", refuse)
+    fails("Read-only file system")
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    fails("Read-only file system")
+
+
+def start(folder, *args, **pipes):
+    command = [sys.executable, str(HERE / "lorc.py"), "--model", str(folder), "--prompt", "w1", *args]
+    return subprocess.Popen(command, stdout=pipes.pop("stdout", subprocess.PIPE), stderr=subprocess.PIPE, **pipes)
+
+
+def test_ctrl_c_a_closed_pipe_and_a_full_disk_end_without_a_traceback(tmp_path):
+    """130 with the text so far and the report; 141 after `| head -c 1`; 2 with one line when standard output is full."""
+    raw = {k: v for k, v in RAW.items() if k != "eos_token_id"} | {"max_position_embeddings": 10**5}
+    folder = write_checkpoint(tmp_path, raw)
+    long = ["--max-new-tokens", "100000", "--cache", "bibranch"]
+    stopped, closed = start(folder, *long), start(folder, "--json")
+    with open("/dev/full", "w") as full:
+        disk = start(folder, "--json", stdout=full)
+    closed.stdout.close()
+    text = stopped.stdout.read(9)
+    stopped.send_signal(signal.SIGINT)
+    out, err = stopped.communicate(timeout=60)
+    assert stopped.returncode == 130 and text.startswith(b" w") and (text + out).endswith(b"\n")
+    assert b"bibranch cache: " in err and b"\ninterrupted\n" in err and b"Traceback" not in err
+    said = int(re.search(rb"(\d+) tokens; seconds", err)[1])                # the last may be cut off before its text
+    assert said - len((text + out).split()) in (0, 1)
+    for process, status, last in ((closed, 141, b""), (disk, 2, b"No space left on device\n")):
+        err = process.stderr.read()
+        assert process.wait(timeout=60) == status and err.endswith(last) and err.count(b"\n") == bool(last), err
+
+
+@pytest.mark.parametrize("error, word", [
+    (MemoryError(), "not enough memory"), (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
+    (OSError(errno.ENOSPC, "No space left on device"), "No space left"), (KeyboardInterrupt(), 130), (BrokenPipeError(), 141)])
+def test_what_ends_a_command_is_told_in_a_line(error, word, capsys, monkeypatch):
+    def fail(args):
+        raise error
+    monkeypatch.setattr(lorc, "run", fail)
+    status, out, err = cli(capsys, "--prompt", "w1")
+    assert (status, err) == (word, "") if isinstance(word, int) else status == 2 and word in err and err.count("\n") == 1
+    monkeypatch.setattr(lorc, "run", lambda args: [][0])
+    with pytest.raises(IndexError):                             # a fault of ours is not hidden
+        lorc.main(["--prompt", "w1"])
+
+
+def test_a_dtype_that_the_device_lacks_ends_with_one_line(capsys, monkeypatch):
+    def lacks(*shape, dtype=None, device=None):
+        raise RuntimeError("BFloat16 is not supported")
+    monkeypatch.setattr(torch, "ones", lacks)
+    status, out, err = cli(capsys, "--prompt", "w1", "--dtype", "bfloat16")
+    assert status == 2 and "--device cpu cannot be used with bfloat16; here: cpu" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("args, word", [
+    (["--kept", "2"], "--kept: should be a fraction in [0.01, 0.99], not '2'"), (["--model", "/nowhere"], "/nowhere is not a folder"),
+    (["--prompt", "bird " * 600], "tokens; give 1 to 511"), (["--mod", "x"], "unrecognized arguments")])
+def test_theory_answers_a_wrong_command_in_its_own_name(args, word, capsys):
+    try:
+        status = theory.main(args)
+    except SystemExit as e:
+        status = e.code
+    out, err = capsys.readouterr()
+    assert (status, out, err.count("\n")) == (2, "", 1) and err.startswith("theory: ") and word in err
 
 
 def test_a_prompt_that_is_empty_or_too_long_ends_with_one_line(capsys, tmp_path):
