@@ -972,6 +972,15 @@ def test_a_prompt_attends_exactly_and_is_stored_compressed(case, data):
     assert torch.allclose(store.c_k.read(between), store.K.shrink(k[:, 1:max(1, T - 1)]))
 
 
+def test_a_long_generation_grows_nothing_and_its_window_is_exact():
+    """150 tokens over a ring of 8 and 4-bit groups of 32, checked after each; experiments/long_run.py does 20,000."""
+    sys.path.insert(0, str(HERE / "experiments"))
+    from long_run import long_run
+    llama = small_model()
+    got = long_run(llama, lorc.lorc(llama, d_min=4, schedule="uniform")[1], [1, 2, 3], 150, 50, sinks=2, window=8, bits=4)
+    assert got["steps"] == got["steps_with_exact_window"] == 150 and len({row["held"] for row in got["rows"]}) == 1
+
+
 @given(st.integers(1, 100), st.integers(1, 9), st.integers(1, 2), st.floats(-20, 20), st.data())
 def test_four_bits_come_back_to_half_a_step_and_cost_what_they_say(S, d_c, B, mean, data):
     """Codes are right to half a step of their group; bytes = codes / 2 + minimum and step + the waiting tokens."""

@@ -55,7 +55,7 @@ def long_run(llama, bases, prompt, tokens, every, **bibranch):
     """Generate; return how many steps had an exact window, and bytes held and resident every few tokens."""
     c, T = llama.config, len(prompt) + tokens - 1
     caches = lorc.new_caches(llama, "bibranch", T, bases, **bibranch)
-    seen, n = torch.empty(c.layers, 2, T, c.kv_heads, c.head_dim), [0]
+    seen, n = llama.embed.weight.new_empty(c.layers, 2, T, c.kv_heads, c.head_dim), [0]
     for x in [seen, *(x for store in caches for x in buffers(store))]:
         x.fill_(0)                                      # its pages are there now
     hooks, rows, good = remembered(llama, seen, n), [], 0
