@@ -105,8 +105,8 @@ def number(raw: dict, key: str, kind=int, default=None):
     if kind is float and type(value) is int:
         value = float(value) if value < 1e30 else None
     if type(value) is not kind or not 0 < value < 1e30 or (kind is int and value >= 2**31):
-        raise UserError(f"config.json: {key} should be a positive {kind.__name__}, "
-                        f"not {value!r:.40}")
+        raise UserError(f"config.json: {key} should be a positive {kind.__name__} below "
+                        f"{'2**31' if kind is int else '1e30'}, not {value!r:.40}")
     return value
 
 

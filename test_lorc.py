@@ -337,12 +337,12 @@ PANIC = b""""post_processor": {"type": "TemplateProcessing", "single": [{"Specia
          "special_tokens": {"B": {"id": "A", "ids": [1], "tokens": ["w1"]}}}"""                  # the key and the id differ
 NORM = b'"model.norm.weight":{"dtype":"F32","shape":[32],"data_offsets":['
 FORGED = [
-    (config(hidden_size=0), "hidden_size should be a positive int, not 0"), (config(vocab_size=2**31), "vocab_size should be"),
+    (config(hidden_size=0), "hidden_size should be a positive int below 2**31, not 0"), (config(vocab_size=2**31), "vocab_size should be"),
     (config(num_hidden_layers=2**31 - 1), "2147483647 layers"), (config(num_hidden_layers=3), "lacks the tensor model.layers.2"),
     (config(num_hidden_layers=1), "'model.layers.1."), (config(num_attention_heads=2**30, head_dim=2**30), "beyond what a tensor can have"),
     (config(hidden_size=2**31 - 1, intermediate_size=2**31 - 1, head_dim=8), "beyond what a tensor can have"),
     (config(vocab_size=2**31 - 1), "has shape (61, 32), config.json implies (2147483647, 32)"), (config(vocab_size=60), "implies (60, 32)"),
-    (config(rms_norm_eps=float("nan")), "rms_norm_eps should be a positive float, not nan"), (config(rms_norm_eps=0), "rms_norm_eps"),
+    (config(rms_norm_eps=float("nan")), "rms_norm_eps should be a positive float below 1e30, not nan"), (config(rms_norm_eps=0), "rms_norm_eps"),
     (config(rope_theta=1e300), "rope_theta should be"), (config(rope_theta=1e-9), "rope_theta and factor should be at least 1"),
     (config(rope_scaling=LLAMA3 | {"low_freq_factor": 4.0}), "low_freq_factor should be below"), (config(max_position_embeddings=-5), "max_position"),
     (config(model_type=["llama"]), "['llama'] model"), (config(rope_scaling="x"), "rope_scaling should be an object"),
@@ -356,7 +356,8 @@ FORGED = [
     (index(weight_map=[1]), "has no weight_map"), (index(weight_map={}), "has no weight_map"),
     (header(NORM, NORM[:-1] + b"[" * 9), "not a readable safetensors file"), (header(b'"F32"', b'"F16"'), "not a readable"),
     (header(b'"F32"', b'"F99"'), "not a readable"), (header(NORM, NORM + b"-"), "not a readable"), (header(NORM, NORM + b"9" * 20), "not a readable"),
-    (header(b"{", b"{" + NORM + b"0,128]},"), "a name comes twice"), (header(b"{", b"[" * 100_000), "not a readable"),
+    (header(b"{", b"{" + NORM + b"0,128]},"), "a name comes twice"),
+    (header(NORM, NORM + b'0,128],"x":['), "invalid offset"), (header(b'"shape":[32]', b'"shape":[18446744073709551615,2]'), "not a readable"), (header(b"{", b"[" * 100_000), "not a readable"),
     (header(b"[16,32]", b"[32,16]"), "has shape (32, 16), config.json implies (16, 32)"), (header(b"[16,32]", b"[512]"), "has shape (512,)"),
     (("model.safetensors", lambda data: (2**62).to_bytes(8, "little") + data[8:]), "not a readable"), (file("model.safetensors", b""), "not a readable"),
     (weights("nan"), "holds NaN or infinite numbers"), (weights("-inf"), "holds NaN or infinite numbers"),

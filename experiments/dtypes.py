@@ -1,7 +1,7 @@
 """float16 and bfloat16 against float32: perplexity of each cache over a long text, and decoding after it.
 
     python experiments/dtypes.py --model PATH --text FILE --calibrate FILE
-        [--tokens 8192] [--device cuda] [--kept 0.5] [--bits 4] [--out FILE] [--commit HASH]
+        [--tokens 8192] [--windows 32] [--device cuda] [--kept 0.5] [--bits 4] [--out FILE] [--commit HASH]
 
 One window of all the tokens is scored, so positions run up to the end of the model's context; then each
 cache takes the same text as a prompt and 16 tokens are generated. Every logit must be finite (lorc.py
@@ -42,6 +42,7 @@ def main():
     for name in ("--model", "--text", "--calibrate"):
         p.add_argument(name, required=True)
     p.add_argument("--tokens", type=int, default=8192)
+    p.add_argument("--windows", type=int, default=32, help="Of the calibration text, 1,024 tokens each.")
     p.add_argument("--device", default="cpu")
     p.add_argument("--kept", type=float, default=0.5)
     p.add_argument("--bits", type=int, choices=[16, 4], default=4)
@@ -56,7 +57,7 @@ def main():
             read = [torch.tensor(tokenizer.encode(lorc.read_text(f)), device=args.device) for f in (args.text, args.calibrate)]
             text, window = read[0][:args.tokens], min(1024, llama.config.context)
             assert len(text) == args.tokens <= llama.config.context, "a text and a context of --tokens tokens are needed"
-            moments = lorc.calibrated_moments(llama, read[1], "whitened", context=window)
+            moments = lorc.calibrated_moments(llama, read[1], "whitened", context=window, windows=args.windows)
             bases = lorc.lorc(llama, kept=args.kept, schedule="uniform", moments=moments)[1]
             for kind in ("full", "compressed", "bibranch"):
                 of = result["caches"].setdefault(kind, {})

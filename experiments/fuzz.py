@@ -4,7 +4,7 @@
 
 A case is its seed. One or two of the checkpoint's files are changed: a node of the JSON (config, index,
 tokenizer files, the header of the weights), or bytes, or numbers of a tensor. Then lorc.py runs on the
-folder. It must end within 5 seconds, with memory of at most 4 times the folder (64 MiB at least: the
+folder. It must end within 5 seconds of CPU time, with memory of at most 4 times the folder (64 MiB at least: the
 folder has 0.1), and either with status 0 and finite numbers, or with status 2 and one line. All else is
 a finding: its seed and what happened are printed.
 """
@@ -168,8 +168,12 @@ def resident(key):
     return next(int(x.split()[1]) * 1024 for x in open("/proc/self/status") if x.startswith(key))
 
 
+class Late(BaseException):
+    """Neither an Exception nor an OSError: nothing may take it for a refusal."""
+
+
 def late(signum, frame):
-    raise TimeoutError(f"more than {SECONDS} s")
+    raise Late
 
 
 def not_a_number(word):
@@ -186,13 +190,14 @@ def case(seed, checkpoints, folder, change=mutated):
         (folder / name).write_bytes(data)
     words = ["--model", str(folder), "--prompt", "w1 w2 w3", "--max-new-tokens", "3", "--json", "--cache",
              rng.choice(("full", "compressed", "bibranch"))] + ["--chat"] * (rng.random() < 0.01)
-    out, err, before = io.StringIO(), io.StringIO(), resident("VmRSS")
+    out, err, before, start = io.StringIO(), io.StringIO(), resident("VmRSS"), time.process_time()
     Path("/proc/self/clear_refs").write_text("5")
-    signal.setitimer(signal.ITIMER_REAL, SECONDS + 6 * ("--chat" in words))
+    signal.setitimer(signal.ITIMER_REAL, 12 * SECONDS)      # the machine may be busy with other things
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             status = lorc.main(words)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        if (spent := time.process_time() - start) > SECONDS:
+            return f"time: {spent:.1f} s"
         extra = resident("VmHWM") - before
         if extra > max(SLACK, 4 * sum(map(len, files.values()))):
             return f"memory: {extra >> 20} MiB"
@@ -218,7 +223,7 @@ def fuzz(first, cases):
     with tempfile.TemporaryDirectory(dir=shm) as d:
         for seed in range(8):                               # untouched: they run, and libraries are loaded
             what = case(seed, checkpoints, Path(d) / "model", lambda files, rng: files)
-            assert what == "ran" or "memory" in what, what
+            assert what == "ran" or seed == 0, what
         for seed in range(first, first + cases):
             what = case(seed, checkpoints, Path(d) / "model")
             counts[what if what in ("ran", "refused") else "finding"] += 1
