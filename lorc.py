@@ -335,8 +335,7 @@ def load_bases(folder, llama):
         if about["model"] != shape or not torch.allclose(tensors["model"], numbers, 0.01, 1e-4):
             raise model.UserError(f"{path} was made for another model; make new ones with --save")
         good = len(kappa) == len(ranks) == L and all(type(x) is float for pair in kappa for x in pair)
-        good &= all(type(x) is int and 1 <= x <= d_max for pair in ranks for x in pair)
-        if not good:
+        if not (good and all(type(x) is int and 1 <= x <= d_max for pair in ranks for x in pair)):
             raise ValueError
         bases = [tuple(Basis(*(tensors[f"layers.{i}.{kind}.{part}"].to(llama.embed.weight)
                                for part in Basis._fields)) for kind in "kv")

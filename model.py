@@ -408,7 +408,8 @@ def load(folder, dtype=None, device="cpu") -> Llama:
     config = read_config(folder)
     files = find_tensors(folder)
     if config.layers > len(files):                  # else the next lines would build them all
-        raise UserError(f"config.json has {config.layers} layers, {folder} only {len(files)} tensors")
+        raise UserError(f"config.json has {config.layers} layers, "
+                        f"{folder} only {len(files)} tensors")
     try:
         with torch.device("meta"):                  # shapes only: nothing is allocated yet
             model = Llama(config)
@@ -516,8 +517,10 @@ class Tokenizer:
                  "eos_token": self.special("eos_token")}
         task = json.dumps([self.template(), names]).encode()
         program = inspect.getsource(render) + "render()"
-        done = subprocess.run([sys.executable, "-I", "-c", program], input=task, capture_output=True)
-        rendered, error = json.loads(done.stdout or '["", "it took more than 2 s or 1 GiB"]')
+        done = subprocess.run([sys.executable, "-c", program], input=task, capture_output=True,
+                              cwd=Path(__file__).resolve().parent)
+        said = done.stderr.decode().splitlines() or ["it took more than 2 s or 1 GiB"]
+        rendered, error = json.loads(done.stdout or json.dumps(["", said[-1]]))
         if error:
             raise UserError(f"the chat template cannot be rendered: {error}")
         return self.encode(rendered, special=False)
