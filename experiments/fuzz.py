@@ -165,7 +165,7 @@ def mutated(files, rng):
 
 
 def resident(key):
-    return next(int(x.split()[1]) * 1024 for x in open("/proc/self/status") if x.startswith(key))
+    return next(int(x.split()[1]) * 1024 for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
 
 
 class Late(BaseException):

@@ -22,7 +22,7 @@ from record import HERE, provenance, write
 
 def resident():
     """Bytes of this process that are in memory."""
-    return next(int(x.split()[1]) * 1024 for x in open("/proc/self/status") if x.startswith("VmRSS"))
+    return next(int(x.split()[1]) * 1024 for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS"))
 
 
 def buffers(store):
