@@ -1464,7 +1464,8 @@ def start(tmp_path):
 
     def run(*args, stdout=subprocess.PIPE):
         command = [sys.executable, str(HERE / "lorc.py"), "--model", str(folder), "--prompt", "w1", *args]
-        running.append(subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, bufsize=0))
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}      # as users have it
+        running.append(subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, bufsize=0, env=env))
         return running[-1]
     yield run
     for process in running:
