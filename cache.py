@@ -6,7 +6,8 @@ are allocated then, once. `attend(q, k, v, rope)` takes T new tokens, not yet ro
     q (B, T, H, d),  k and v (B, T, G, d)  ->  (B, T, H, d)
 
 remembers their keys and values, and answers with causal attention over all that it remembers.
-`nbytes` is the sum of the buffers it holds.
+`nbytes` is the sum of the buffers it holds. `decode` is the same for one token, with shapes that do
+not depend on its place, so that one compiled step serves every place (--compile).
 
     FullCache         k rotated, and v                                 2 * G*d numbers a token
     CompressedCache   latents c_k = U_k^T k and c_v = U_v^T v          d_k + d_v
@@ -31,10 +32,15 @@ GROUP = 32         # tokens that share one scale and one minimum in the 4-bit st
 
 
 class Basis(NamedTuple):
-    """The low-rank map of keys or of values in one layer: c = down k, k~ = up c."""
+    """The low-rank map of keys or of values in one layer: c = down k, k~ = up c.
 
-    down: torch.Tensor     # (d_c, G*d)
-    up: torch.Tensor       # (G*d, d_c)
+    Where the map commutes with the rotation, `turns` says which component of a head's frequencies
+    each number of a latent turns with; then latents are cached rotated and no key is rebuilt.
+    """
+
+    down: torch.Tensor                    # (d_c, G*d)
+    up: torch.Tensor                      # (G*d, d_c)
+    turns: torch.Tensor | None = None     # (d_c,), each in 0 .. d-1
 
     @property
     def d_c(self) -> int:
@@ -48,6 +54,27 @@ class Basis(NamedTuple):
         """Latents (B, S, d_c) -> k~ (B, S, G, d): all KV heads first, then the groups [E3]."""
         return F.linear(c, self.up).unflatten(-1, (-1, d))
 
+    def latents(self, k, rope, at):
+        """What is cached of keys k (B, T, G, d), not rotated, at places `at`: (B, T, d_c)."""
+        c = self.shrink(k)
+        return c if self.turns is None else rope(c[:, :, None], at, self.turns)[:, :, 0]
+
+    def keys(self, c, rope, at, d):
+        """k~ (B, S, G, d), rotated, of the cached latents of places `at`."""
+        return self.expand(c, d) if self.turns is not None else rope(self.expand(c, d), at)
+
+    def scores(self, q, c, rope, at):
+        """q . k~ / sqrt(d): q (B, T, H, d), rotated, and cached latents (B, S, d_c) -> (B, T, H, S).
+
+        In a basis that commutes, U goes to the query, once, as App. C wants; otherwise k~ is rebuilt.
+        """
+        d = q.shape[-1]
+        if self.turns is None:
+            return scores(q, self.keys(c, rope, at, d))
+        U = self.up.unflatten(0, (-1, d))                            # (G, d, d_c)
+        folded = einsum("btgrd,gdc->btgrc", q.unflatten(2, (len(U), -1)) * d**-0.5, U).flatten(2, 3)
+        return einsum("bthc,bsc->bths", folded, c)
+
     def heads(self, o, d):
         """Mixed latents (B, T, H, d_c) -> (B, T, H, d): Eq. 9, head i with its rows of U [E2]."""
         U = self.up.unflatten(0, (-1, d))                            # (G, d, d_c)
@@ -55,14 +82,17 @@ class Basis(NamedTuple):
         return einsum("btgrc,gdc->btgrd", o, U).flatten(2, 3)
 
 
-def attention(q, k, v):
-    """Eq. 1 for the last T of S tokens: q (B, T, H, d), k and v (B, S, G, d) -> (B, T, H, d)."""
+def attention(q, k, v, mask=None):
+    """Eq. 1: q (B, T, H, d), k and v (B, S, G, d) -> (B, T, H, d).
+
+    Query t sees the keys in mask (T, S); without one, the queries are the last T of S tokens.
+    """
     T, S = q.shape[1], k.shape[1]
-    mask = None
-    if 1 < T < S:
+    causal = mask is None and T == S > 1
+    if mask is None and 1 < T < S:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S > 1, enable_gqa=True)
+    o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
     return o.transpose(1, 2)
 
 
@@ -70,6 +100,32 @@ def scores(q, k):
     """q . k / sqrt(d): q (B, T, H, d), k (B, S, G, d) -> (B, T, H, S)."""
     q = q.unflatten(2, (k.shape[2], -1)) * q.shape[-1] ** -0.5               # (B, T, G, H/G, d)
     return einsum("btgrd,bsgd->btgrs", q, k).flatten(2, 3)
+
+
+def static_scores(q, c, K, places, at, rope):
+    """K.scores of one query (B, 1, H, d), not rotated, at place `at`, and latents c (B, S, d_c).
+
+    `places` (S,) are consecutive within each GROUP. R_n = R_start R_l for token l of a group: the
+    query turns back by the start of each group, U turns by each l < GROUP, and no key is rotated.
+    That pays where there are more keys than columns in the turned U, and keys are rebuilt at all.
+    """
+    if K.turns is not None or c[..., 0].numel() <= GROUP * K.d_c:
+        return K.scores(rope(q, at), c, rope, places)
+    d, parts = q.shape[-1], []
+    U = K.up.T.unflatten(1, (1, -1, d)).expand(-1, GROUP, -1, -1)            # (d_c, 32, G, d)
+    U = rope(U, slice(0, GROUP))
+    size = max(1, 4 * BLOCK // len(q) // GROUP) * GROUP    # fewer temporaries than when eager
+    cuts = [*range(0, c.shape[1] // GROUP * GROUP, size), c.shape[1] // GROUP * GROUP, c.shape[1]]
+    for start, stop in zip(cuts, cuts[1:]):
+        if start < stop:
+            length = min(GROUP, stop - start)                                # of the last, ragged
+            part = c[:, start:stop].unflatten(1, (-1, length))
+            back = (at - places[start:stop:GROUP]).clamp(min=0)
+            turned = rope(q.expand(-1, len(back), -1, -1), back) * d**-0.5   # (B, n, H, d)
+            k = einsum("bnlc,clgd->lbngd", part, U[:, :length])
+            s = einsum("bngrd,lbngd->bgrnl", turned.unflatten(2, (k.shape[3], -1)), k)
+            parts.append(s.flatten(3).flatten(1, 2)[:, None])                # (B, 1, H, n*l)
+    return torch.cat(parts, -1)
 
 
 def mix(p, v):
@@ -85,15 +141,22 @@ def softmax(s):
 class FullCache:
     """Every key, rotated, and every value: Eq. 4."""
 
+    settled = True
+
     def __init__(self, B, capacity, G, d, dtype=None, device=None):
-        self.k = torch.empty(B, capacity, G, d, dtype=dtype, device=device)
-        self.v = torch.empty_like(self.k)
+        self.k = torch.zeros(B, capacity, G, d, dtype=dtype, device=device)
+        self.v = torch.zeros_like(self.k)
         self.capacity, self.n = capacity, 0
 
     def attend(self, q, k, v, rope):
         new = slice(self.n, self.n + q.shape[1])
         self.k[:, new], self.v[:, new], self.n = rope(k, new), v, new.stop
         return attention(rope(q, new), self.k[:, :self.n], self.v[:, :self.n])
+
+    def decode(self, q, k, v, rope, at):
+        self.k[:, at], self.v[:, at] = rope(k, at), v
+        seen = torch.arange(self.capacity, device=at.device) <= at[:, None]
+        return attention(rope(q, at), self.k, self.v, seen)
 
     @property
     def nbytes(self) -> int:
@@ -108,38 +171,58 @@ class CompressedCache:
     stands between U_v and the values: latents are mixed, the mixture expanded (Eq. 9, [E5], [E18]).
     """
 
+    settled = True
+
     def __init__(self, B, capacity, K: Basis, V: Basis, d):
         self.K, self.V, self.d = K, V, d
-        self.c_k = K.down.new_empty(B, capacity, K.d_c)
-        self.c_v = V.down.new_empty(B, capacity, V.d_c)
+        self.c_k = K.down.new_zeros(B, capacity, K.d_c)
+        self.c_v = V.down.new_zeros(B, capacity, V.d_c)
         self.capacity, self.n = capacity, 0
 
     def attend(self, q, k, v, rope):
         new = slice(self.n, self.n + q.shape[1])
-        self.c_k[:, new], self.c_v[:, new], self.n = self.K.shrink(k), self.V.shrink(v), new.stop
-        c_v = self.c_v[:, :self.n]
-        q = rope(q, new)
+        self.c_k[:, new] = self.K.latents(k, rope, new)
+        self.c_v[:, new], self.n = self.V.shrink(v), new.stop
+        c_k, c_v, q = self.c_k[:, :self.n], self.c_v[:, :self.n], rope(q, new)
         if q.shape[1] > 1:                           # many queries: rebuild once, attend fused
-            return attention(q, self.keys(slice(0, self.n), rope), self.V.expand(c_v, self.d))
+            keys = self.K.keys(c_k, rope, slice(0, self.n), self.d)
+            return attention(q, keys, self.V.expand(c_v, self.d))
         step = max(1, BLOCK // len(q))
         blocks = [slice(i, min(i + step, self.n)) for i in range(0, self.n, step)]
-        p = softmax(torch.cat([scores(q, self.keys(b, rope)) for b in blocks], -1))
+        p = softmax(torch.cat([self.K.scores(q, c_k[:, b], rope, b) for b in blocks], -1))
         return self.V.heads(einsum("bths,bsc->bthc", p, c_v), self.d)
 
-    def keys(self, span, rope):
-        """k~ of the tokens in span, rotated: (B, S, G, d)."""
-        return rope(self.K.expand(self.c_k[:, span], self.d), span)
+    def decode(self, q, k, v, rope, at):
+        self.c_k[:, at], self.c_v[:, at] = self.K.latents(k, rope, at), self.V.shrink(v)
+        places = torch.arange(self.capacity, device=at.device)
+        s = static_scores(q, self.c_k, self.K, places, at, rope).where(places <= at, -torch.inf)
+        return self.V.heads(einsum("bths,bsc->bthc", softmax(s), self.c_v), self.d)
 
     @property
     def nbytes(self) -> int:
         return self.c_k.nbytes + self.c_v.nbytes
 
 
+class Static(NamedTuple):
+    """A cache that is asked for one token at place `at`, a tensor (1,): no shape tells where."""
+
+    cache: "FullCache | CompressedCache | BiBranchCache"
+    at: torch.Tensor
+
+    def attend(self, q, k, v, rope):
+        return self.cache.decode(q, k, v, rope, self.at)
+
+    @property
+    def capacity(self) -> int:
+        return self.cache.capacity
+
+
 class Latents:
     """A growing list of latents (B, S, d_c), kept as they come."""
 
     def __init__(self, B, capacity, d_c, like):
-        self.c, self.n = like.new_empty(B, capacity, d_c), 0
+        self.capacity, self.n = capacity, 0
+        self.c = like.new_zeros(B, -(-capacity // 8) * 8, d_c)   # matrix units want multiples of 8
 
     def append(self, c):
         self.c[:, self.n:self.n + c.shape[1]] = c
@@ -147,6 +230,15 @@ class Latents:
 
     def read(self, span):
         return self.c[:, span]
+
+    def put(self, c, at):
+        """Append c (B, 1, d_c) at place `at`, a tensor (1,)."""
+        self.c[:, at] = c
+
+    def whole(self, at):
+        """The whole buffer (B, S, d_c), its places (S,), and which are filled up to place `at`."""
+        places = torch.arange(self.c.shape[1], device=at.device)
+        return self.c, places.clamp(max=self.capacity - 1), places <= at
 
     @property
     def nbytes(self) -> int:
@@ -184,10 +276,10 @@ class Latents4:
     """
 
     def __init__(self, B, capacity, d_c, like):
-        groups = capacity // GROUP
-        self.packed = like.new_empty(B, groups * GROUP // 2, d_c, dtype=torch.uint8)
-        self.low, self.step = like.new_empty(2, B, groups, 1, d_c)
-        self.waiting, self.n = like.new_empty(B, min(GROUP, capacity), d_c), 0
+        self.capacity, groups = capacity, capacity // GROUP
+        self.packed = like.new_zeros(B, groups * GROUP // 2, d_c, dtype=torch.uint8)
+        self.low, self.step = like.new_zeros(2, B, groups, 1, d_c)
+        self.waiting, self.n = like.new_zeros(B, min(GROUP, capacity), d_c), 0
 
     def append(self, c):
         done, held = self.n // GROUP, self.n % GROUP
@@ -212,6 +304,27 @@ class Latents4:
         late = slice(max(0, span.start - done * GROUP), max(0, span.stop - done * GROUP))
         return torch.cat((old[:, :span.stop - span.start], self.waiting[:, late]), 1)
 
+    def put(self, c, at):
+        """Append c (B, 1, d_c) at place `at`; the group it is in is written when it is full."""
+        self.waiting[:, at % GROUP] = c
+        if groups := self.low.shape[1]:
+            full, group = (at + 1) % GROUP == 0, (at // GROUP).clamp(max=groups - 1)
+            codes, low, step = quantize(self.waiting)
+            half = group * GROUP // 2 + torch.arange(GROUP // 2, device=at.device)
+            for store, i, x in ((self.packed, half, codes[:, ::2] | codes[:, 1::2] << 4),
+                                (self.low, group, low), (self.step, group, step)):
+                store[:, i] = torch.where(full.view(-1, *[1] * (x.dim() - 2)), x, store[:, i])
+
+    def whole(self, at):
+        """All groups and the waiting tokens (B, S, d_c), their places, which are filled [0, at]."""
+        old, new = (torch.arange(n, device=at.device)
+                    for n in (2 * self.packed.shape[1], self.waiting.shape[1]))
+        done = (at + 1) // GROUP * GROUP
+        codes = torch.stack((self.packed & 15, self.packed >> 4), 2).flatten(1, 2)
+        c = torch.cat((dequantize(codes, self.low, self.step), self.waiting), 1)
+        places = torch.cat((old, (done + new).clamp(max=self.capacity - 1)))
+        return c, places, torch.cat((old < done, done + new <= at))
+
     @property
     def nbytes(self) -> int:
         return self.packed.nbytes + self.low.nbytes + self.step.nbytes + self.waiting.nbytes
@@ -233,9 +346,9 @@ class BiBranchCache:
         G, store = K.up.shape[0] // d, {16: Latents, 4: Latents4}[bits]
         self.K, self.V, self.d, self.bits, self.strict = K, V, d, bits, strict
         self.sinks, self.window, self.capacity, self.n = sinks, window, capacity, 0
-        self.sink_k, self.sink_v = K.down.new_empty(2, B, min(sinks, capacity), G, d)
+        self.sink_k, self.sink_v = K.down.new_zeros(2, B, min(sinks, capacity), G, d)
         slots, between = min(window, max(0, capacity - sinks)), max(0, capacity - sinks - window)
-        self.ring_k, self.ring_v = K.down.new_empty(2, B, slots, G, d)
+        self.ring_k, self.ring_v = K.down.new_zeros(2, B, slots, G, d)
         self.c_k, self.c_v = store(B, between, K.d_c, K.down), store(B, between, V.d_c, V.down)
 
     def attend(self, q, k, v, rope):
@@ -244,14 +357,14 @@ class BiBranchCache:
         if self.strict:
             return self.score(q, k, v, rope)
         if q.shape[1] == 1:
-            self.remember(k, v)
+            self.remember(k, v, rope)
             return self.step(q, rope)
         keys, values = self.everything(rope)
         o = attention(q, torch.cat((*keys, rope(k, new)), 1), torch.cat((*values, v), 1))
-        self.remember(k, v)
+        self.remember(k, v, rope)
         return o
 
-    def remember(self, k, v):
+    def remember(self, k, v, rope):
         """Append k, v (B, T, G, d): to the sinks, then through the window into the latents."""
         first = min(max(self.sinks - self.n, 0), k.shape[1])
         at = slice(self.n, self.n + first)
@@ -265,11 +378,13 @@ class BiBranchCache:
             return torch.arange(start, stop, device=k.device) % max(1, self.window)
         old = slots(before - held, before - held + min(out, held))
         new = slots(before + T - keep, before + T)
-        for ring, x, store, basis in ((self.ring_k, k[:, first:], self.c_k, self.K),
-                                      (self.ring_v, v[:, first:], self.c_v, self.V)):
-            if out:
-                store.append(basis.shrink(torch.cat((ring[:, old], x[:, :out - len(old)]), 1)))
-            ring[:, new] = x[:, T - keep:]
+        if out:
+            gone = slice(self.sinks + self.c_k.n, self.sinks + self.c_k.n + out)
+            gone_k, gone_v = (torch.cat((ring[:, old], x[:, first:first + out - len(old)]), 1)
+                              for ring, x in ((self.ring_k, k), (self.ring_v, v)))
+            self.c_k.append(self.K.latents(gone_k, rope, gone))
+            self.c_v.append(self.V.shrink(gone_v))
+        self.ring_k[:, new], self.ring_v[:, new] = k[:, first + T - keep:], v[:, first + T - keep:]
 
     def branches(self):
         """Positions of what is held: sinks, between, and the ring's slots in the order they lie."""
@@ -279,11 +394,6 @@ class BiBranchCache:
         between = slice(self.sinks, self.sinks + max(0, places - self.window))
         return slice(0, min(self.n, self.sinks)), between, ring
 
-    def keys(self, span, between, rope):
-        """k~ of the latents in span, rotated: (B, S, G, d)."""
-        at = slice(between.start + span.start, between.start + span.stop)
-        return rope(self.K.expand(self.c_k.read(span), self.d), at)
-
     def step(self, q, rope):
         """One query over both branches, one softmax: q (B, 1, H, d), rotated -> (B, 1, H, d)."""
         first, between, ring = self.branches()
@@ -291,7 +401,8 @@ class BiBranchCache:
         size = max(GROUP, BLOCK // len(q) // GROUP * GROUP)
         blocks = [slice(i, min(i + size, m)) for i in range(0, m, size)]
         keys = [rope(self.sink_k[:, :a], first), rope(self.ring_k[:, :len(ring)], ring)]
-        s = [scores(q, k) for k in keys] + [scores(q, self.keys(b, between, rope)) for b in blocks]
+        s = [scores(q, k) for k in keys]
+        s += [self.K.scores(q, self.c_k.read(b), rope, slice(a + b.start, a + b.stop)) for b in blocks]
         p = softmax(torch.cat(s, -1))                                # sinks, window, between
         exact = torch.cat((self.sink_v[:, :a], self.ring_v[:, :len(ring)]), 1)
         o = mix(p[..., :exact.shape[1]], exact)
@@ -301,41 +412,62 @@ class BiBranchCache:
             o = o + self.V.heads(c, self.d)
         return o
 
+    def decode(self, q, k, v, rope, at):
+        place = at - self.sinks
+        slot, gone = place % max(1, self.window), place - self.window
+        gone_k, gone_v = (self.ring_k[:, slot], self.ring_v[:, slot]) if self.window else (k, v)
+        self.c_k.put(self.K.latents(gone_k, rope, at - self.window), gone)
+        self.c_v.put(self.V.shrink(gone_v), gone)
+        if self.window:
+            self.ring_k[:, slot], self.ring_v[:, slot] = k, v
+        ring = at - (slot - torch.arange(self.window, device=at.device)) % max(1, self.window)
+        (c_k, places, filled), (c_v, *_) = self.c_k.whole(gone), self.c_v.whole(gone)
+        exact = torch.cat((rope(self.sink_k, slice(0, self.sinks)), rope(self.ring_k, ring)), 1)
+        late = static_scores(q, c_k, self.K, self.sinks + places, at, rope).where(filled, -torch.inf)
+        p = softmax(torch.cat((scores(rope(q, at), exact), late), -1))
+        exact = torch.cat((self.sink_v, self.ring_v), 1)
+        o = mix(p[..., :exact.shape[1]], exact)
+        return o + self.V.heads(einsum("bths,bsc->bthc", p[..., exact.shape[1]:], c_v), self.d)
+
+    @property
+    def settled(self) -> bool:
+        """Whether decode can take over: sinks and window are full."""
+        return self.n >= self.sinks + self.window
+
     def everything(self, rope):
         """Keys, rotated, and values of all that is held, at full width, branch by branch."""
         first, between, ring = self.branches()
         every = slice(0, between.stop - between.start)
-        keys = (rope(self.sink_k[:, :first.stop], first), self.keys(every, between, rope),
-                rope(self.ring_k[:, :len(ring)], ring))
+        keys = (rope(self.sink_k[:, :first.stop], first),
+                self.K.keys(self.c_k.read(every), rope, between, self.d), rope(self.ring_k[:, :len(ring)], ring))
         values = (self.sink_v[:, :first.stop], self.V.expand(self.c_v.read(every), self.d),
                   self.ring_v[:, :len(ring)])
         return keys, values
 
     def score(self, q, k, v, rope):
-        """The decode regime for a whole text in one pass, by masks: q rotated, k and v not."""
+        """The decode regime for a whole text in one pass, by masks: q rotated, k and v not.
+
+        All keys stand side by side, exact, as latents, and as latents in 4 bits; each query sees
+        each token once, in the kind in which that token is held when the query comes.
+        """
         T, at = q.shape[1], slice(0, q.shape[1])
-        c_k, c_v = self.K.shrink(k[:, self.sinks:]), self.V.shrink(v[:, self.sinks:])
+        late = slice(min(self.sinks, T), T)
+        c_k, c_v = self.K.latents(k[:, late], rope, late), self.V.shrink(v[:, late])
         stored = [(c_k, c_v)]
         if self.bits == 4:                                         # gradients pass straight through
             stored.append(tuple(c + (round_trip(c) - c).detach() for c in (c_k, c_v)))
-
-        def whole(c, basis):                                     # the sinks' places are never read
-            return F.pad(basis.expand(c, self.d), (0, 0, 0, 0, self.sinks, 0))[:, :T]
-        kinds = [(rope(k, at), v)]                                 # exact, latent, latent in 4 bits
-        kinds += [(rope(whole(c_k, self.K), at), whole(c_v, self.V)) for c_k, c_v in stored]
-        j = torch.arange(T, device=q.device)
-        group_end = self.sinks + ((j - self.sinks) // GROUP + 1) * GROUP
-        answers = []
-        for rows in j.split(256):
-            i = rows[:, None]
-            kind = ((j >= self.sinks) & (j <= i - self.window)).long()
-            if self.bits == 4:
-                kind += (kind == 1) & (group_end <= i + 1 - self.window)
-            of = [(kind == n)[:, None] for n in range(len(kinds))]
-            s = sum(mask * scores(q[:, rows], key) for mask, (key, _) in zip(of, kinds))
-            p = softmax(s.masked_fill((j > i)[:, None], -torch.inf))
-            answers.append(sum(mix(p * mask, value) for mask, (_, value) in zip(of, kinds)))
-        return torch.cat(answers, 1)
+        keys = [rope(k, at)] + [self.K.keys(c, rope, late, self.d) for c, _ in stored]
+        values = [v] + [self.V.expand(c, self.d) for _, c in stored]
+        keys, values = torch.cat(keys, 1), torch.cat(values, 1)
+        i, j = torch.arange(T, device=q.device)[:, None], torch.arange(T, device=q.device)
+        kind = ((j >= self.sinks) & (j <= i - self.window)).long()                # (T, T)
+        if self.bits == 4:
+            group_end = self.sinks + ((j - self.sinks) // GROUP + 1) * GROUP
+            kind += (kind == 1) & (group_end <= i + 1 - self.window)
+        seen = torch.cat([(kind == 0) & (j <= i)]
+                         + [(kind == n + 1)[:, late] for n in range(len(stored))], 1)
+        parts = [attention(q[:, rows], keys, values, seen[rows]) for rows in i[:, 0].split(512)]
+        return torch.cat(parts, 1)
 
     @property
     def nbytes(self) -> int:

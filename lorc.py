@@ -20,6 +20,7 @@ larger than what they replace, [E5]), or training.
     python lorc.py --prompt "Once upon a time"
     python lorc.py --model PATH --prompt "..." --compare
     python lorc.py --model PATH --plan
+    torchrun --nproc-per-node 2 lorc.py --model PATH --prompt "..."      layers over two processes
 """
 import argparse
 import itertools
@@ -35,13 +36,13 @@ from pathlib import Path
 
 def heavy_imports():
     """torch takes a second or two: --help and a mistyped flag are answered before it is needed."""
-    global torch, F, tqdm, model, Basis, BiBranchCache, CompressedCache, FullCache
+    global torch, F, tqdm, model, Basis, BiBranchCache, CompressedCache, FullCache, Static
     import torch
     import torch.nn.functional as F
     from tqdm import tqdm
 
     import model
-    from cache import Basis, BiBranchCache, CompressedCache, FullCache
+    from cache import Basis, BiBranchCache, CompressedCache, FullCache, Static
 
 
 # Sec. 4.1: one layer -----------------------------------------------------------------------------
@@ -101,15 +102,16 @@ def compressed_dimension(log_tilde, d_max, d_min, schedule="progressive"):
     return [d_max * (1 - t * (1 - d_min / d_max)) for t in depth]
 
 
-def ranks(log_tilde, full, d_max, d_min, schedule="progressive", split=0.0):
+def ranks(log_tilde, full, d_max, d_min, schedule="progressive", split=0.0, pairs=False):
     """(d_k, d_v) of each layer: Eq. 13 rounded, with `split` * d_max moved from keys to values.
 
-    full: which layers stay whole. Keys and values each keep between 1 and d_max numbers.
+    full: which layers stay whole. Keys and values each keep between 1 and d_max numbers; with
+    `pairs`, keys an even number.
     """
-    def whole(x):
-        return min(d_max, max(1, round(x)))
+    def whole(x, step=1):
+        return min(d_max, step * max(1, round(x / step)))
     real = compressed_dimension(log_tilde, d_max, d_min, schedule)
-    return [(d_max, d_max) if f else (whole(d - split * d_max), whole(d + split * d_max))
+    return [(d_max, d_max) if f else (whole(d - split * d_max, 1 + pairs), whole(d + split * d_max))
             for d, f in zip(real, full)]
 
 
@@ -147,26 +149,32 @@ class Plan:
 
 
 def lorc(llama, kept=0.6, d_min=None, threshold=math.inf, schedule="progressive", skip=0, split=0.0,
-         moments=None):
+         moments=None, commuting=False):
     """Algorithm 1: the plan, and each layer's bases of keys and values, None where it stays full.
 
     kept solves for d_min where d_min is None; threshold is on ln kappa~ [E8]; moments: C of each
-    layer's inputs, None for the paper's SVD.
+    layer's inputs, None for the paper's SVD; commuting: keys get a basis that commutes with RoPE.
     """
     weights = [(layer.attn.Wk.weight, layer.attn.Wv.weight) for layer in llama.layers]
     d_max, moments = llama.config.kv_width, moments or [None] * len(weights)
     kappa = [(log_kappa(Wk), log_kappa(Wv))                                        # l. 3
              for Wk, Wv in tqdm(weights, "kappa", unit=" layers", leave=False, disable=None)]
+    kappa, own = model.gather(kappa), model.share(llama.config.layers)
     log_tilde = log_kappa_tilde([k + v for k, v in kappa])                         # l. 1-5
     full = [x > threshold or layer < skip for layer, x in enumerate(log_tilde)]    # l. 8-11
 
     def ranks_of(d_min):
-        return ranks(log_tilde, full, d_max, d_min, schedule, split)               # l. 7
+        return ranks(log_tilde, full, d_max, d_min, schedule, split, commuting)    # l. 7
+
+    def keys(layer, d_k, C):
+        Wq, Wk = layer.attn.Wq.weight, layer.attn.Wk.weight
+        d = llama.config.head_dim
+        return commuting_basis(Wk, d_k, d, C, Wq) if commuting else basis(Wk, d_k, C)
     plan = Plan(kappa, log_tilde, ranks_of(d_min or solve_d_min(kept, ranks_of, d_max)), d_max)
     bases = [None if d_k == d_v == d_max else
-             (basis(Wk, d_k, C), basis(Wv, d_v, C))                                # l. 12-14, 16-18
-             for (Wk, Wv), (d_k, d_v), C in zip(tqdm(weights, "bases", unit=" layers", leave=False,
-                                                     disable=None), plan.ranks, moments)]
+             (keys(layer, d_k, C), basis(layer.attn.Wv.weight, d_v, C))            # l. 12-14, 16-18
+             for layer, (d_k, d_v), C in zip(tqdm(llama.layers, "bases", unit=" layers", leave=False,
+                                                  disable=None), plan.ranks[own], moments)]
     return plan, bases                        # l. 15, 19 not taken [E4], [E5]; l. 20: the caches
 
 
@@ -178,7 +186,7 @@ def norm_moments(llama):
 
 
 def calibrated_moments(llama, tokens, kind, sinks=4, context=1024, windows=32):
-    """C of each layer from text: diag(mean |x|) for `asvd` (alpha = 1/2), E[x x^T] for `whitened`.
+    """C of each layer from text: diag(mean |x|) for `asvd` (alpha = 1/2), else E[x x^T].
 
     One pass of the uncompressed model over `windows` windows of `context` tokens; the first `sinks`
     positions of each, whose inputs are unlike all others, are left out. Sums are kept in float64.
@@ -201,14 +209,46 @@ def calibrated_moments(llama, tokens, kind, sinks=4, context=1024, windows=32):
     finally:
         for hook in hooks:
             hook.remove()
-    return [finite(total / seen, llama.embed.weight.dtype) for total in sums]
+    return [finite(total / seen, llama.norm.weight.dtype) for total in sums]
+
+
+# A basis that commutes with RoPE: what App. C wants --------------------------------------------
+
+def commuting_basis(Wk, d_c, d, C=None, Wq=None):
+    """The best basis of d_c numbers, an even count, for keys Wk x, whose map commutes with RoPE.
+
+    RoPE multiplies the complex number of components (j, j + d/2) of every head by one phase, so a
+    complex mix of the heads at one j commutes with it. At each j it is the eigenvectors of the
+    heads' complex second moment; one sort over all j shares d_c among them. A row counts as much as
+    its head group's queries are large at j: E |q_j|^2 with Wq (H*d, D) given and C a matrix, else 1.
+    """
+    Z = Wk.double().unflatten(0, (-1, 2, d // 2))                    # (G, 2, d/2, D)
+    Z = torch.complex(Z[:, 0], Z[:, 1]).transpose(0, 1)              # (d/2, G, D): z_j = Z_j x
+    energy = torch.ones_like(Z[..., 0].real)                         # (d/2, G)
+    if Wq is not None and C is not None and C.dim() == 2:
+        q = (Wq.double() @ C.double() * Wq.double()).sum(1)          # (H*d,)
+        energy = q.unflatten(0, (len(Z[0]), -1, 2, d // 2)).mean(1).sum(1).T.clamp(min=1e-30)
+    root = energy.sqrt()[..., None]                                  # (d/2, G, 1)
+    ZC = Z if C is None else Z * C.double() if C.dim() == 1 else Z @ C.to(Z)
+    lam, Q = torch.linalg.eigh(root * (ZC @ Z.mH) * root.mT)         # (d/2, G), (d/2, G, G)
+    kept = lam.flatten().argsort(descending=True)[:d_c // 2]
+    j, m = kept // lam.shape[1], kept % lam.shape[1]
+    Q, root = Q[j, :, m].T, root[j, :, 0].T                          # (G, d_c/2)
+
+    def real(u):                                                     # z += u c, as real numbers
+        out = u.real.new_zeros(len(u), 2, d // 2, 2, len(j))
+        i = torch.arange(len(j), device=j.device)
+        out[:, 0, j, 0, i], out[:, 0, j, 1, i] = u.real, -u.imag
+        out[:, 1, j, 0, i], out[:, 1, j, 1, i] = u.imag, u.real
+        return out.flatten(3).flatten(0, 2).to(Wk.dtype)
+    return Basis(real(Q * root).T.contiguous(), real(Q / root), torch.cat((j, j + d // 2)))
 
 
 # Running -----------------------------------------------------------------------------------------
 
 def new_caches(llama, kind, capacity, bases=None, B=1, **bibranch):
     """One empty cache a layer: full, compressed or bibranch; full where the layer has no basis."""
-    c, like = llama.config, llama.embed.weight
+    c, like = llama.config, llama.norm.weight
 
     def cache(pair):
         if pair is None or kind == "full":
@@ -216,13 +256,13 @@ def new_caches(llama, kind, capacity, bases=None, B=1, **bibranch):
         if kind == "compressed":
             return CompressedCache(B, capacity, *pair, c.head_dim)
         return BiBranchCache(B, capacity, *pair, c.head_dim, **bibranch)
-    return [cache(pair) for pair in bases or [None] * c.layers]
+    return [cache(pair) for pair in bases or [None] * len(llama.layers)]
 
 
 def full_bytes(llama, capacity, B=1):
     """Bytes of a full cache: Eq. 4 for K and for V [E14], times layers and bytes of a number."""
     c = llama.config
-    return 2 * B * capacity * c.kv_width * c.layers * llama.embed.weight.element_size()
+    return 2 * B * capacity * c.kv_width * c.layers * llama.norm.weight.element_size()
 
 
 def finite(x, dtype=None):
@@ -242,18 +282,64 @@ def sample(logits, temperature, top_p, generator):
     return order.gather(-1, torch.multinomial(p, 1, generator=generator))
 
 
-def generate(llama, caches, tokens, n, ends=(), temperature=0.0, top_p=1.0, seed=0):
+def generate(llama, caches, tokens, n, ends=(), temperature=0.0, top_p=1.0, seed=0, compile=False):
     """Yield up to n tokens that follow `tokens` (1, T), the end token, if one comes, included.
 
     The first comes after prefill. The caches must have room for T + n - 1 tokens.
     """
+    def step(tokens):
+        h = llama.hidden(tokens, caches)
+        return h if h is None else llama.head(h[:, -1])            # None: not the last process
     generator = torch.Generator(tokens.device).manual_seed(seed)
     for left in range(n, 0, -1):
-        logits = finite(llama.head(llama.hidden(tokens, caches)[:, -1]))
-        tokens = sample(logits, temperature, top_p, generator)
+        logits = step(tokens)
+        if compile and all(cache.settled for cache in caches):
+            step, compile = compiled(llama, caches, len(tokens)), False
+        tokens = tokens.new_empty(len(tokens), 1)
+        if logits is not None:
+            tokens = sample(finite(logits), temperature, top_p, generator)
+        tokens = model.from_last(tokens)
         yield (token := tokens.item())
         if token in ends:
             return
+
+
+def compiled(llama, caches, B=1):
+    """The decode step, tokens (B, 1) -> logits (B, V), for every place after what the caches hold.
+
+    No shape tells the place, a tensor does: what is compiled once serves to the end. On CUDA the
+    first call compiles, the second records all kernels as one graph, later ones launch it.
+    Raises UserError where there is no compiler.
+    """
+    device, graph, logits = llama.norm.weight.device, None, None
+    fused = device.type == "cuda" and B == 1              # matrix times vector, written by the compiler
+    block = torch.compile(model.Block.forward, options={"coordinate_descent_tuning": fused})
+    at = torch.tensor([caches[0].n], device=device)
+    steps, tokens = [Static(cache, at) for cache in caches], None
+
+    def step():
+        h = llama.hidden(tokens, steps, block)
+        at.add_(1)
+        return llama.head(h[:, -1])
+
+    def decode(new):
+        nonlocal graph, logits, tokens
+        if tokens is None:
+            tokens = new.clone()
+            try:
+                return step()
+            except torch._dynamo.exc.TorchDynamoException as e:
+                raise model.UserError(f"--compile does not work here: {str(e):.200}") from None
+        tokens.copy_(new)
+        if device.type != "cuda":
+            return step()
+        if graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits = step()
+        graph.replay()
+        return logits
+    return decode
 
 
 def negative_log_likelihood(llama, tokens, context, make_caches):
@@ -261,13 +347,13 @@ def negative_log_likelihood(llama, tokens, context, make_caches):
     nats = count = 0
     bar = tqdm(total=len(tokens), desc="scoring", unit=" tokens", leave=False, disable=None)
     for x in tokens.split(context):
-        h = llama.hidden(x[None], make_caches(len(x)))[0]
-        for h, y in zip(h[:-1].split(256), x[1:].split(256)):
+        h = llama.hidden(x[None], make_caches(len(x)))
+        for h, y in zip(h[0, :-1].split(256), x[1:].split(256)) if h is not None else ():
             nats += F.cross_entropy(finite(llama.head(h)).float(), y, reduction="sum").item()
         count += len(x) - 1
         bar.update(len(x))
     bar.close()
-    return nats, count
+    return sum(model.gather([nats])), count
 
 
 @contextmanager
@@ -289,7 +375,7 @@ def measuring(llama, bases):
     finally:
         for hook in hooks:
             hook.remove()
-        finite(sums, llama.embed.weight.dtype)
+        finite(sums, llama.norm.weight.dtype)
         errors += (sums[..., 0] / sums[..., 1].clamp(min=1e-30)).sqrt().tolist()
 
 
@@ -298,15 +384,18 @@ def measuring(llama, bases):
 def fingerprint(llama):
     """What ties bases to a model: its shape in words, some numbers of every Wk and Wv (2L, 16)."""
     rows = [W.weight[0, :16] for layer in llama.layers for W in (layer.attn.Wk, layer.attn.Wv)]
-    return repr(llama.config), torch.stack(rows).float().cpu()
+    return repr(llama.config), torch.stack(model.gather([row.float().cpu() for row in rows]))
 
 
 def save_bases(folder, llama, plan, bases, method):
     """Write bases and plan to folder/bases.safetensors: whole or not at all. Raises UserError."""
     from safetensors.torch import save
     shape, numbers = fingerprint(llama)
+    bases = model.gather([pair and [Basis(*(x if x is None else x.cpu() for x in b)) for b in pair] for pair in bases])
+    if model.place()[0] > 0:
+        return
     tensors = {f"layers.{i}.{kind}.{part}": x.contiguous() for i, pair in enumerate(bases) if pair
-               for kind, b in zip("kv", pair) for part, x in b._asdict().items()}
+               for kind, b in zip("kv", pair) for part, x in b._asdict().items() if x is not None}
     about = {"model": shape, "method": method, "kept": repr(plan.kept),
              "plan": json.dumps({"log_kappa": plan.log_kappa, "ranks": plan.ranks})}
     path = Path(folder) / "bases.safetensors"
@@ -322,10 +411,18 @@ def save_bases(folder, llama, plan, bases, method):
             beside.unlink()
 
 
+def fits(b, d_c, config):
+    """Whether a basis has d_c columns for this model and numbers that can be computed with."""
+    whole = b.down.shape == b.up.T.shape == (d_c, config.kv_width) and (b.down @ b.up).isfinite().all()
+    return whole and (b.turns is None or b.turns.shape == (d_c,) and b.turns.dtype == torch.int64
+                      and d_c % 2 == 0 and 0 <= b.turns.min() <= b.turns.max() < config.head_dim)
+
+
 def load_bases(folder, llama):
     """The plan and the bases in folder/bases.safetensors. Raises UserError if they do not fit."""
     from safetensors import safe_open
     path, L, d_max = Path(folder) / "bases.safetensors", llama.config.layers, llama.config.kv_width
+    own = model.share(L)
     try:
         with safe_open(path, "pt") as f:
             about, tensors = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}
@@ -337,11 +434,15 @@ def load_bases(folder, llama):
         good = len(kappa) == len(ranks) == L and all(type(x) is float for pair in kappa for x in pair)
         if not (good and all(type(x) is int and 1 <= x <= d_max for pair in ranks for x in pair)):
             raise ValueError
-        bases = [tuple(Basis(*(tensors[f"layers.{i}.{kind}.{part}"].to(llama.embed.weight)
-                               for part in Basis._fields)) for kind in "kv")
-                 if pair != (d_max, d_max) else None for i, pair in enumerate(ranks)]
-        if not all(b.down.shape == b.up.T.shape == (d_c, d_max) and (b.down @ b.up).isfinite().all()
-                   for pair, dims in zip(bases, ranks) if pair for b, d_c in zip(pair, dims)):
+        like = llama.norm.weight
+
+        def read(name):
+            down, up, turns = (tensors.get(f"{name}.{part}") for part in Basis._fields)
+            return Basis(down.to(like), up.to(like), turns if turns is None else turns.to(like.device))
+        bases = [tuple(read(f"layers.{i}.{kind}") for kind in "kv") if pair != (d_max, d_max) else None
+                 for i, pair in list(enumerate(ranks))[own]]
+        if not all(fits(b, d_c, llama.config)
+                   for pair, dims in zip(bases, ranks[own]) if pair for b, d_c in zip(pair, dims)):
             raise ValueError
     except model.UserError:
         raise
@@ -356,6 +457,9 @@ def load_bases(folder, llama):
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         """One line, without the usage: what is wrong and where to look."""
+        if os.environ.get("RANK", "0") != "0":          # torchrun: the first says it for all
+            time.sleep(1)
+            self.exit(2)
         self.exit(2, f"{Path(self.prog).stem}: {' '.join(message.split()):.400} (see --help)\n")
 
 
@@ -370,7 +474,7 @@ def within(kind, low, high, what):
 
 
 PLAN_FLAGS = "kept d_min threshold schedule skip split basis calibrate".split()
-SPEAK_FLAGS = "max_new_tokens temperature top_p seed chat".split()
+SPEAK_FLAGS = "max_new_tokens temperature top_p seed chat compile".split()
 DEFAULTS = {"cache": "compressed", "kept": 0.6, "threshold": math.inf, "skip": 0, "split": 0.0,
             "sinks": 4, "window": 32, "bits": 16, "max_new_tokens": 128, "temperature": 0.0,
             "top_p": 1.0, "seed": 0}
@@ -411,8 +515,9 @@ def command_line():
     flag("--skip", type=count, metavar="N", help="Leave the first N layers full. Default: 0.")
     flag("--split", type=within(float, -1, 1, "number in [-1, 1]"), metavar="F",
          help="Kept fraction moved from keys to values. Default: 0.")
-    flag("--basis", choices=["svd", "norm", "asvd", "whitened"],
-         help="C: I, gamma^2, mean |x|, E[xx^T]. Default: svd; whitened with --calibrate.")
+    flag("--basis", choices=["svd", "norm", "asvd", "whitened", "commuting"],
+         help="C: I, gamma^2, mean |x|, E[xx^T]. Default: svd; whitened with --calibrate. commuting: "
+              "keys in a basis that commutes with RoPE, from I or, with --calibrate, E[xx^T].")
     flag("--calibrate", metavar="FILE",
          help="Text for asvd and whitened; its first 32 windows of up to 1,024 tokens are used.")
     flag("--bases", metavar="DIR", help="Use the bases and the plan that --save wrote.")
@@ -430,6 +535,8 @@ def command_line():
          help="Draw from the smallest set of tokens with this probability. Default: 1.")
     flag("--seed", type=count, metavar="N", help="Default: 0.")
     flag("--chat", action="store_true", help="Wrap the prompt in the model's own chat template.")
+    flag("--compile", action="store_true",
+         help="Compile the decode step: slow to start, then fast; on CUDA one graph.")
     flag("--context", type=more, metavar="N",
          help="Window length for --perplexity. Default: the model's maximum.")
     flag("--max-tokens", type=more, metavar="N", help="Score only the first N tokens.")
@@ -497,9 +604,18 @@ def read_text(path):
 def open_model(args):
     """The model and its tokenizer, on the device and in the dtype asked for. Raises UserError."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if model.place()[1] > 1 and args.compile:
+        raise model.UserError("--compile is for one process; leave it out under torchrun")
+    if model.place()[1] > 1 and device.startswith("cuda"):
+        if device != "cuda":
+            raise model.UserError(f"--device {device} is one card, and torchrun gives each process "
+                                  "its own; write --device cuda")
+        device += f":{os.environ['LOCAL_RANK']}"
     name = args.dtype or ("float32" if device.startswith("cpu") else None)
     dtype = name and getattr(torch, name)
     try:
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)
         trial = torch.ones(1, 1, dtype=dtype, device=device)
         (trial @ trial).item()
     except Exception:                                  # every backend has its own way to say no
@@ -526,7 +642,6 @@ def read_prompt(args, llama, tokenizer, prompt):
 
 def read_score(args, llama, tokenizer):
     """Token ids of the --perplexity text. Raises UserError when it cannot be scored as asked."""
-    args.context = args.context or llama.config.context
     if args.context > llama.config.context:
         raise model.UserError(f"--context {args.context} is beyond the model's "
                               f"{llama.config.context} positions")
@@ -534,6 +649,13 @@ def read_score(args, llama, tokenizer):
     if len(tokens) < 2:
         raise model.UserError(f"{args.perplexity} is too short to score")
     return tokens
+
+
+def read_jobs(args, llama, tokenizer):
+    """Token ids of each --prompt, or of the --perplexity text."""
+    if args.perplexity is not None:
+        return [read_score(args, llama, tokenizer)]
+    return [read_prompt(args, llama, tokenizer, p) for p in args.prompt or []]
 
 
 def choose_bases(args, llama, tokenizer):
@@ -549,31 +671,35 @@ def choose_bases(args, llama, tokenizer):
     if args.basis == "norm":
         moments = norm_moments(llama)
     if args.calibrate is not None:
-        tokens, context = tokenizer.encode(read_text(args.calibrate)), min(1024, llama.config.context)
+        tokens = model.from_first(lambda: tokenizer.encode(read_text(args.calibrate)))
+        context = min(1024, llama.config.context)
         usable = sum(max(0, min(context, len(tokens) - i) - args.sinks)
                      for i in range(0, len(tokens), context))
         if usable < d_max:
             raise model.UserError(f"{args.calibrate} gives {usable} tokens after the sinks of each "
                                   f"window; calibrating needs {d_max}, and gains from 30,000")
-        tokens = torch.tensor(tokens, device=llama.embed.weight.device)
+        tokens = torch.tensor(tokens, device=llama.norm.weight.device)
         moments = calibrated_moments(llama, tokens, args.basis, args.sinks, context)
     return lorc(llama, args.kept, args.d_min, args.threshold, args.schedule, args.skip, args.split,
-                moments)
+                moments, args.basis == "commuting")
 
 
 def held(llama, caches, kind, plan):
     """Bytes of the buffers held, of a full cache for as many tokens, and the plan's fraction."""
-    return {"kind": kind, "bytes": sum(c.nbytes for c in caches),
+    peak = [torch.cuda.max_memory_allocated()] if llama.norm.weight.is_cuda else []
+    return {"kind": kind, "bytes": sum(model.gather([c.nbytes for c in caches])),
             "full_bytes": full_bytes(llama, caches[0].capacity),
-            "kept": 1.0 if kind == "full" else plan.kept}
+            "kept": 1.0 if kind == "full" else plan.kept} | (
+                {"memory": model.gather(peak)} if peak else {})
 
 
 def speak(args, llama, tokenizer, ids, caches, bases, write):
     """Continue one prompt; `write` is given the text as it comes. Returns what happened."""
     stream, out, tokens, errors = model.Stream(tokenizer, ids), [], [], []
-    start, marks = torch.tensor([ids], device=llama.embed.weight.device), [time.perf_counter()]
+    start, marks = torch.tensor([ids], device=llama.norm.weight.device), [time.perf_counter()]
     n, status = caches[0].capacity + 1 - len(ids), "ok"
-    steps = generate(llama, caches, start, n, tokenizer.ends, args.temperature, args.top_p, args.seed)
+    steps = generate(llama, caches, start, n, tokenizer.ends, args.temperature, args.top_p, args.seed,
+                     args.compile)
     try:
         with measuring(llama, bases) as errors:
             tokens.append(next(steps))                                     # prefill
@@ -606,8 +732,10 @@ def run_one(args, llama, tokenizer, kind, job, plan, bases, write):
     """One prompt, or the text to score, under one cache: what happened, and what was held."""
     bases = bases if kind != "full" else [None] * len(bases)
     options = {"sinks": args.sinks, "window": args.window, "bits": args.bits}
+    if llama.norm.weight.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
     if args.perplexity is not None:
-        job = torch.tensor(job, device=llama.embed.weight.device)
+        job = torch.tensor(job, device=llama.norm.weight.device)
 
         def make(capacity):
             return new_caches(llama, kind, capacity, bases, strict=True, **options)
@@ -617,18 +745,17 @@ def run_one(args, llama, tokenizer, kind, job, plan, bases, write):
         n = min(args.max_new_tokens, llama.config.context - len(job) + 1)
         caches = new_caches(llama, kind, len(job) + n - 1, bases, **options)
         result = speak(args, llama, tokenizer, job, caches, bases, write)
-    return result | {"cache": held(llama, caches, kind, plan)}
+    return result | {"errors": model.gather(result["errors"]), "cache": held(llama, caches, kind, plan)}
 
 
 def run(args):
     """One command, from the model's folder to the report. Returns the exit status."""
     marks, plan, runs = [time.perf_counter()], None, []
     llama, tokenizer = open_model(args)
+    args.context = args.context or llama.config.context
+    jobs = model.from_first(lambda: read_jobs(args, llama, tokenizer))
     marks.append(time.perf_counter())
-    jobs = [read_prompt(args, llama, tokenizer, p) for p in args.prompt or []]
-    if args.perplexity is not None:
-        jobs = [read_score(args, llama, tokenizer)]
-    bases = [None] * llama.config.layers
+    bases = [None] * len(llama.layers)
     if args.cache != "full" or args.compare or args.plan or args.save is not None:
         plan, bases = choose_bases(args, llama, tokenizer)
     marks.append(time.perf_counter())
@@ -669,7 +796,8 @@ def report(args, plan, runs, seconds):
         spent = seconds | {"prefill": r["prefill"], "decode": r["decode"]}
         print(f"{c['kind']} cache: {size(c['bytes'])} held ({c['bytes']:,} bytes), a full one would hold "
               f"{size(c['full_bytes'])} ({c['full_bytes']:,}): {c['bytes'] / c['full_bytes']:.1%}\n"
-              f"{r['tokens']} tokens; seconds: " + ", ".join(f"{k} {s:.2f}" for k, s in spent.items()),
+              f"{r['tokens']} tokens; seconds: " + ", ".join(f"{k} {s:.2f}" for k, s in spent.items())
+              + ("\npeak memory: " + ", ".join(map(size, c["memory"])) if "memory" in c else ""),
               file=sys.stderr)
     for status in sorted({r["status"] for r in runs} - {"ok"}):
         print({"context": "stopped at the model's context: it was made for no more positions",
@@ -758,7 +886,7 @@ def answer(name, work):
     the reader of standard output (`| head`) has gone."""
     try:
         heavy_imports()
-        with torch.inference_mode():
+        with torch.inference_mode(), model.processes():
             status = work()
         sys.stdout.flush()
         return status

@@ -5,6 +5,7 @@ Reading order, bottom up:
     Rope        the rotation R_n of App. C, one function for queries and keys
     Attention   Eqs. 1-3, except that the cache answers: `cache.attend(q, k, v, rope)`
     Llama       embed, L blocks, norm, head
+    processes   under torchrun: each holds its share of the blocks and hands hidden states on
     load        a Hugging Face folder -> Llama, tensor by tensor
     Tokenizer   text <-> tokens, the model's own chat template, its end tokens
 
@@ -21,11 +22,13 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer as FastTokenizer
@@ -193,10 +196,14 @@ class Rope:
             self.cos = torch.cat((cos, cos), -1)[:, None].to(like)         # (length, 1, d)
             self.sin = torch.cat((-sin, sin), -1)[:, None].to(like)
 
-    def __call__(self, x: torch.Tensor, positions) -> torch.Tensor:
-        """x (B, T, heads, d) rotated to its positions: a slice, or an index tensor (T,)."""
-        half = x.roll(self.config.head_dim // 2, -1)
-        return torch.addcmul(x * self.cos[positions], half, self.sin[positions])
+    def __call__(self, x: torch.Tensor, positions, columns=slice(None)) -> torch.Tensor:
+        """x (B, T, heads, d) rotated to its positions: a slice, or an index tensor (T,).
+
+        columns: for each component of x the component of a head that it turns with, when x is not
+        heads but latents that turn as heads do (Basis.turns).
+        """
+        cos, sin = self.cos[positions][..., columns], self.sin[positions][..., columns]
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Attention(nn.Module):
@@ -243,29 +250,103 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """The whole model. It is handed one cache per layer and does not know what they keep."""
+    """The whole model. It is handed one cache per layer and does not know what they keep.
+
+    Under torchrun `load` leaves each process its share of `layers`, and no head but in the last.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
         self.config, self.rope = config, Rope(config)
-        self.embed = nn.Embedding(config.vocab, config.width)
+        self.before = self.after = None                            # the neighbouring processes
+        table = torch.empty(config.vocab, config.width)            # else drawn, which loads a compiler
+        self.embed = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, config.eps)
         self.head = nn.Linear(config.width, config.vocab, bias=False)
         if config.tied:
             self.head.weight = self.embed.weight
 
-    def hidden(self, tokens, caches):
-        """tokens (B, T) following what the caches hold -> last hidden states (B, T, D), normed."""
-        x = self.embed(tokens)                                     # (B, T, D)
+    def hidden(self, tokens, caches, block=Block.__call__):
+        """tokens (B, T) following what the caches hold -> last hidden states (B, T, D), normed.
+
+        None in all processes but the last: they hand on what their layers made of the tokens.
+        """
+        x = self.embed(tokens) if self.before is None else self.receive(tokens)        # (B, T, D)
         self.rope.reserve(caches[0].capacity, x)
         for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer(x, cache, self.rope)
-        return self.norm(x)
+            x = block(layer, x, cache, self.rope)
+        if self.after is None:
+            return self.norm(x)
+        dist.send(x.contiguous(), self.after)
+
+    def receive(self, tokens):
+        """What the process before has made of these tokens (B, T): (B, T, D)."""
+        x = self.norm.weight.new_empty(*tokens.shape, self.config.width)
+        dist.recv(x, self.before)
+        return x
 
     def forward(self, tokens, caches):
         """tokens (B, T) -> logits (B, T, V)."""
         return self.head(self.hidden(tokens, caches))
+
+
+# Many processes ----------------------------------------------------------------------------------
+
+@contextmanager
+def processes():
+    """Join the other processes if torchrun started this one: the first is heard, the rest silent.
+
+    Where one fails, it raises its error; in those that fail after it this is a silent SystemExit.
+    """
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    store, rank, n = next(dist.rendezvous("env://"))
+    dist.init_process_group(store=store, rank=rank, world_size=n)      # NCCL on GPUs, gloo on CPUs
+    try:
+        with open(os.devnull, "w") as null, redirect_stdout(null if rank else sys.stdout), \
+                redirect_stderr(null if rank else sys.stderr):
+            yield
+    except Exception:
+        if store.add("failed", 1) == 1:
+            raise
+        time.sleep(1)                  # let the first to fail have its say: torchrun ends the rest
+        raise SystemExit(2) from None
+    dist.destroy_process_group()
+
+
+def place():
+    """(number of this process, how many there are): (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(layers: int) -> slice:
+    """Which of so many layers are this process's: consecutive, and equal to within one."""
+    rank, n = place()
+    return slice(layers * rank // n, layers * (rank + 1) // n)
+
+
+def gather(own: list) -> list:
+    """The lists of all processes, one after the other: what each knows of its layers, of all."""
+    rank, n = place()
+    lists = [own] * n
+    if n > 1:
+        dist.all_gather_object(lists, own)
+    return [x for one in lists for x in one]
+
+
+def from_first(read):
+    """What read() gives in the first process, in all: its files, its standard input, its clock."""
+    return gather([read()] if place()[0] == 0 else [])[0]
+
+
+def from_last(x: torch.Tensor) -> torch.Tensor:
+    """The last process's x, in all: elsewhere x is written over."""
+    rank, n = place()
+    if n > 1:
+        dist.broadcast(x, n - 1)
+    return x
 
 
 # Reading weights ---------------------------------------------------------------------------------
@@ -397,16 +478,29 @@ def check_names(folder: Path, files: dict, wanted: dict, tied: bool) -> None:
             raise UserError(f"{folder} lacks the tensor {hf_name(name)}")
 
 
+def held_here(name: str, config: Config) -> bool:
+    """Whether this process computes with our parameter `name`. The norm is in all, and is small."""
+    rank, n = place()
+    part, *rest = name.split(".")
+    if part == "layers":
+        return int(rest[0]) in range(config.layers)[share(config.layers)]
+    first, last = rank == 0, rank == n - 1
+    return {"embed": first or (last and config.tied), "norm": True, "head": last}[part]
+
+
 def load(folder, dtype=None, device="cpu") -> Llama:
     """The model in a Hugging Face folder, in `dtype` (the checkpoint's own when None), on `device`.
 
+    Under torchrun this process's share of it; what it does not hold stays without memory.
     Raises UserError when the folder, its config or its weights are not those of a LLaMA.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; --model takes one in Hugging Face layout")
     config = read_config(folder)
-    files = find_tensors(folder)
+    files, (rank, n) = find_tensors(folder), place()
+    if n > config.layers:
+        raise UserError(f"{n} processes for {config.layers} layers: each needs one; start fewer")
     if config.layers > len(files):                  # else the next lines would build them all
         raise UserError(f"config.json has {config.layers} layers, "
                         f"{folder} only {len(files)} tensors")
@@ -420,14 +514,15 @@ def load(folder, dtype=None, device="cpu") -> Llama:
     if dtype is None:
         with safe_open(files[hf_name("embed.weight")], "pt") as f:
             dtype = DTYPES.get(f.get_slice(hf_name("embed.weight")).get_dtype())
+    wanted = {name: shape for name, shape in wanted.items() if held_here(name, config)}
     state = {name: read_tensor(files[hf_name(name)], hf_name(name), shape, dtype, device)
              for name, shape in tqdm(wanted.items(), "loading", unit=" tensors",
                                      leave=False, disable=None)}
-    if config.tied:
-        state["head.weight"] = state["embed.weight"]
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(state, strict=False, assign=True)
     if config.tied:
         model.head.weight = model.embed.weight
+    model.layers = model.layers[share(config.layers)]
+    model.before, model.after = rank - 1 if rank else None, rank + 1 if rank < n - 1 else None
     return model.eval().requires_grad_(False)
 
 

@@ -9,6 +9,7 @@ import functools
 import http.server
 import json
 import math
+import shutil
 import os
 import re
 import resource
@@ -25,7 +26,7 @@ import pytest
 import torch
 from hypothesis import assume, find, given, settings, target
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import cache
 import lorc
@@ -602,7 +603,7 @@ def test_half_precision_stays_close_to_float32(real, dtype, kind):
     """Logits of every cache, token by token and in one pass: to 10 % of their norm, and finite."""
     llama, _, tokens = real
     bases, half = lorc.lorc(llama, kept=0.8)[1], model.load(REAL, dtype)
-    halved = [pair and tuple(Basis(*(x.to(dtype) for x in b)) for b in pair) for pair in bases]
+    halved = [pair and tuple(Basis(b.down.to(dtype), b.up.to(dtype)) for b in pair) for pair in bases]
     n = tokens.shape[1]
     for chunks in ([n], [1] * n):
         both = []
@@ -828,6 +829,22 @@ def test_a_real_model_says_the_same_token_by_token(real, kind):
     assert close(torch.cat([llama(t, caches) for t in tokens.split(1, 1)], 1), want, scale=5)
 
 
+@pytest.mark.parametrize("kind", ["full", "compressed", "bibranch"])
+def test_a_compiled_step_says_the_same_and_is_compiled_once(small, kind, monkeypatch):
+    """--compile: the same tokens as the eager loop, and nothing is compiled again as places go by.
+
+    All three are traced; the largest is translated to C++ too, where there is a compiler."""
+    if kind != "bibranch" or not shutil.which("g++"):
+        monkeypatch.setattr(torch, "compile", lambda f, **kw: torch._dynamo.optimize("eager")(f))
+    bases, ids = lorc.lorc(small, kept=0.5, schedule="uniform")[1], torch.arange(12)[None]
+    options = {"sinks": 2, "window": 4, "bits": 4} if kind == "bibranch" else {}
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        eager, compiled = (list(lorc.generate(small, lorc.new_caches(small, kind, 51, bases, **options), ids, 40,
+                                              compile=compile)) for compile in (False, True))
+    assert eager == compiled
+
+
 def test_the_whole_model_equals_one_with_smaller_weights(real):
     """Compressing the cache = replacing Wk by U U^T Wk and Wv by U U^T Wv, nothing else."""
     llama, _, tokens = real
@@ -918,6 +935,65 @@ def test_saved_bases_give_the_same_text_and_fit_no_other_model(tmp_path, capsys)
     assert status == 2 and "another model" in err and err.count("\n") == 1
 
 
+# Many processes ---------------------------------------------------------------------- by hand ---
+
+def logits_step_by_step(kind, **options):
+    """tiny/'s logits for a prompt of 80 tokens and 9 more, one by one; None but in the last process."""
+    llama = model.load(HERE / "tiny", torch.float32)
+    tokens = torch.randint(llama.config.vocab, (2, 89), generator=torch.Generator().manual_seed(0))
+    caches = lorc.new_caches(llama, kind, 89, lorc.lorc(llama, kept=0.6)[1], B=2, **options)
+    hidden = [llama.hidden(t, caches) for t in tokens.split([80] + 9 * [1], 1)]
+    return llama.head(torch.cat(hidden, 1)) if hidden[0] is not None else None
+
+
+def everything_in_these_processes(folder):
+    """Commands, whose JSON goes to standard output and bases to `folder`; returns logits by cache."""
+    ask, text = ["--prompt", "Once upon a time", "--max-new-tokens", "9"], str(HERE / "LICENSE")
+    for words in ([*ask, "--compare", "--temperature", "1", "--window", "3", "--bits", "4"],
+                  [*ask, "--calibrate", text, "--skip", "1", "--save", str(folder)], [*ask, "--bases", str(folder)],
+                  ["--perplexity", text, "--max-tokens", "300", "--context", "200", "--cache", "bibranch"],
+                  ["--plan"]):
+        parser = lorc.command_line()
+        lorc.run(lorc.settle(parser, parser.parse_args([*words, "--json"])))
+    caches = {"full": ("full", {}), "compressed": ("compressed", {}), "bibranch": ("bibranch", {}),
+              "4 bits": ("bibranch", {"bits": 4})}
+    return {name: logits_step_by_step(kind, **options)
+            for name, (kind, options) in caches.items()}
+
+
+def untimed(found):
+    return {name: x for name, x in found.items() if name != "seconds"}
+
+
+def one_of_two(folder):
+    """What torchrun starts: all of that, the last process's logits to a file, and then an error in both."""
+    def run(args, run=lorc.run):
+        lorc.run = run
+        found = everything_in_these_processes(folder)
+        if found["full"] is not None:
+            torch.save(found, Path(folder) / "logits")
+        return run(args)
+    lorc.run = run
+    return lorc.main(["--prompt", "Once", "--kept", "0.05"])
+
+
+def test_two_processes_say_what_one_says_bit_for_bit(tmp_path, capsys):
+    """Logits of every cache; texts, plans, errors, bytes, perplexity, saved bases. And a wrong flag gives one
+    line. Kills: a share that starts a layer late, errors or bytes of one process only, two that speak."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    want = everything_in_these_processes(one)
+    program = f"import sys, test_lorc; sys.exit(test_lorc.one_of_two({str(two)!r}))"
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           "--no-python", sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True)
+    said = [[json.loads(line, object_hook=untimed) for line in out.splitlines()] for out in (capsys.readouterr().out, done.stdout)]
+    assert len(said[0]) == 5 and said[1] == said[0], done.stderr
+    got = torch.load(two / "logits")
+    assert all(torch.equal(got[name], want[name]) for name in want) and len(want) == 4
+    saved = [load_file(folder / "bases.safetensors") for folder in (one, two)]
+    assert saved[0].keys() == saved[1].keys() and all(torch.equal(x, saved[1][name]) for name, x in saved[0].items())
+    assert done.stderr.count("lorc: ") == 1 and "lorc: --kept 0.05 cannot" in done.stderr and done.returncode == 1
+
+
 # CSKV: two branches, four bits --------------------------------------------------------- property ---
 
 def bibranch(case, data, **kw):
@@ -983,6 +1059,28 @@ def test_scoring_a_text_in_one_pass_is_decoding_it_token_by_token(data, sinks, w
     K, V = (random_basis(data.draw, G * d, g) for _ in range(2))
     make = lambda **more: BiBranchCache(B, T, K, V, d, sinks=sinks, window=window, bits=bits, **more)  # noqa: E731
     assert close(make(strict=True).attend(q, k, v, rope), feed(make(), rope, q, k, v, [1] * T))
+
+
+@settings(max_examples=8)
+@given(st.data(), st.integers(0, 3), st.integers(0, 40), st.integers(45, 110))
+def test_the_static_decode_step_is_the_eager_one(data, sinks, window, T):
+    """Every cache, at every place after sinks and window are full: what --compile compiles.
+    Kills: a slot, place or group edge off by one; a mask that shows what is not there."""
+    G, d, B, g = 2, 4, 3, torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    rope = model.Rope(model.Config(9, 8, 1, 4, G, d, 8, 512, 1e-5, True, {"type": "default", "theta": 100.0}))
+    q, k, v = (torch.randn(B, T, h, d, generator=g, dtype=torch.float64) for h in (4, G, G))
+    rope.reserve(T, q)
+    K, V = (random_basis(data.draw, G * d, g) for _ in range(2))
+    for make in (lambda: FullCache(B, T, G, d, torch.float64), lambda: CompressedCache(B, T, K, V, d),
+                 *(lambda bits=bits: BiBranchCache(B, T, K, V, d, sinks, window, bits) for bits in (16, 4))):
+        eager, static, first = make(), make(), sinks + window
+        for store in (eager, static) if first else ():
+            feed(store, rope, q[:, :first], k[:, :first], v[:, :first], [first])
+        assert static.settled
+        for t in range(first, T):
+            one = [x[:, t:t + 1] for x in (q, k, v)]
+            got = cache.Static(static, torch.tensor([t])).attend(*one, rope)
+            assert close(got, eager.attend(*one, rope))
 
 
 @given(attentions(), st.data())
@@ -1273,6 +1371,68 @@ def test_each_heads_rows_are_bounded_by_the_whole_matrix(real):
         lost = W - theory.compressed(W, k)
         assert torch.linalg.matrix_norm(lost.unflatten(0, (-1, d)), 2).max() <= theory.sigma(W, k + 1) * TIGHT
         assert math.isclose(theory.reconstruction_error(W, k) ** 2, (torch.linalg.svdvals(W)[k:] ** 2).sum() / W.square().sum(), rel_tol=1e-6)
+
+
+# The experiments ----------------------------------------------------------------------- parity ---
+
+@pytest.fixture(scope="module")
+def every_experiment(tmp_path_factory):
+    """All tables and figures at their smallest, on tiny/: their modules, and {script: rows}."""
+    sys.path.insert(0, str(HERE / "experiments"))
+    import run_all
+    text, out = str(HERE / "tiny" / "README.md"), tmp_path_factory.mktemp("results")
+    try:
+        import matplotlib                                                      # noqa: F401
+        draw = ["--figures", str(out)]
+    except ImportError:
+        draw = ["--measure-only"]
+    argv = ["--text", text, "--calibrate", text, "--tokens", "64", "--device", "cpu", "--out", str(out), *draw]
+    assert run_all.study.main(*run_all.SCRIPTS, argv=argv) == 0
+    return run_all.SCRIPTS, {s.__name__: json.loads((out / f"{s.__name__}-tiny.json").read_text())["rows"]
+                             for s in run_all.SCRIPTS}
+
+
+def test_every_table_and_figure_is_run_and_listed(every_experiment):
+    """Every script with a `measure` is run by run_all.py and has a line in experiments/README.md."""
+    scripts = {p.stem for p in (HERE / "experiments").glob("*.py") if "\ndef measure(study)" in p.read_text()}
+    assert {s.__name__ for s in every_experiment[0]} == scripts and len(scripts) > 10
+    listed = re.findall(r"^\| `(\w+)\.py`", (HERE / "experiments" / "README.md").read_text(), re.M)
+    assert scripts <= set(listed)
+    for name, rows in every_experiment[1].items():
+        assert rows and all(math.isfinite(row.get("perplexity", 0)) for row in rows), name
+
+
+UNIFORM = ["--kept", "0.6", "--schedule", "uniform"]
+
+
+@pytest.mark.parametrize("script, label, flags, basis", [
+    ("front", "full", ["--cache", "full"], None), ("front", "LoRC, progressive", ["--kept", "0.6"], None),
+    ("lorc_fig2", "LoRC, first whole, uniform", [*UNIFORM, "--skip", "1"], None),
+    ("cskv_starts", "ASVD", [*UNIFORM, "--cache", "bibranch"], "asvd"),
+    ("cskv_bits", "4 bits, ours", [*UNIFORM, "--cache", "bibranch", "--bits", "4"], "whitened"),
+])
+def test_experiments_score_the_caches_that_lorc_makes(every_experiment, script, label, flags, basis, capsys):
+    """A row's perplexity and bytes (of 16-bit models) are those of `lorc.py --perplexity` with its flags."""
+    text = str(HERE / "tiny" / "README.md")
+    flags = ["--perplexity", text, "--max-tokens", "64", "--device", "cpu", "--json", *flags]
+    calibrated = ["--basis", basis, "--calibrate", text] if basis else []
+    said = json.loads(cli(capsys, *flags, *calibrated)[1])
+    half = json.loads(cli(capsys, *flags, "--dtype", "bfloat16")[1])["cache"]
+    row, = [r for r in every_experiment[1][script] if r["label"] == label and r["wanted"] in (0.6, 1)]
+    assert math.isclose(row["perplexity"], said["perplexity"], rel_tol=1e-4)
+    assert (row["bytes"], row["full_bytes"]) == (half["bytes"], half["full_bytes"])
+
+
+def test_the_exact_error_of_fig_4_is_the_one_measured_on_the_text(every_experiment, real):
+    """lorc_fig4's error from the second moment = ||k - k~|| / ||k|| summed over the tokens themselves."""
+    import lorc_fig4
+    llama, _, tokens = real
+    x, W = theory.layer_inputs(llama, tokens)[-1], llama.layers[-1].attn.Wv.weight.double()
+    (lam, U), d_c, k = lorc.spectrum(W), len(W) // 3, x @ W.T
+    found = lorc_fig4.errors(W, x.T @ x / len(x), d_c, lam, U, U)
+    lost = (k - k @ U[:, :d_c] @ U[:, :d_c].T).norm() / k.norm()
+    assert math.isclose(found["activations"], lost, rel_tol=1e-6) and found["activations"] <= found["bound"]
+    assert math.isclose(found["weights"], theory.reconstruction_error(W, d_c), rel_tol=1e-6)
 
 
 # The documents ------------------------------------------------------------------------- by hand ---

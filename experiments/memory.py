@@ -13,21 +13,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lorc
-import model
+from bench import filled, random_model, shape
 from record import HERE, provenance, write
-
-SHAPE = model.Config(vocab=128256, width=4096, layers=32, heads=32, kv_heads=8, head_dim=128, mlp=14336,
-                     context=8192, eps=1e-5, tied=False, rope={"type": "default", "theta": 500000.0})
-
-
-def random_model(config):
-    """A Llama of this shape with Gaussian weights, bfloat16, on the GPU."""
-    with torch.device("meta"):
-        llama = model.Llama(config)
-    llama = llama.bfloat16().to_empty(device="cuda").requires_grad_(False)
-    for p in llama.parameters():
-        p.fill_(1.0) if p.dim() == 1 else p.normal_(0, p.shape[1] ** -0.5)
-    return llama
 
 
 def peak_of_a_step(llama, kind, bases, B, length, **bibranch):
@@ -45,6 +32,23 @@ def peak_of_a_step(llama, kind, bases, B, length, **bibranch):
     return sum(c.nbytes for c in caches), torch.cuda.max_memory_allocated() - before
 
 
+def largest_batch(llama, name, length, kept):
+    """The largest batch, to within 4, whose caches and one eager decode step fit on the card."""
+    def fits(B):
+        torch.cuda.empty_cache()
+        try:
+            caches = filled(llama, name, kept, B, length, 1)
+            llama(torch.zeros(B, 1, dtype=torch.long, device="cuda"), caches).argmax(-1).cpu()
+        except torch.OutOfMemoryError:
+            return False
+        return True
+    low, high = 4, 4096
+    while high - low > 4:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--kept", type=float, default=0.6)
@@ -54,7 +58,7 @@ def main():
     p.add_argument("--commit")
     args = p.parse_args()
     with torch.inference_mode():
-        llama = random_model(SHAPE)
+        llama = random_model(shape("llama-3-8b"), torch.bfloat16, "cuda")
         result = provenance("cuda", args.commit) | {"batch": args.batch, "length": args.length, "kept": args.kept}
         result["full_bytes"], result["full_peak"] = peak_of_a_step(llama, "full", None, args.batch, args.length)
         for schedule in ("progressive", "uniform"):
@@ -65,6 +69,9 @@ def main():
             result[schedule] = {"cache_bytes": cache, "bases_bytes": held, "peak": held + peak,
                                 "of_full_peak": (held + peak) / result["full_peak"]}
             del bases
+        result["largest_batch_at_kept_0.5"] = {
+            name: largest_batch(llama, name, args.length, 0.5)
+            for name in ("full", "compressed", "commuting", "bibranch-4bit")}
     write(args.out or HERE / "results" / "memory_h200.json", result)
 
 

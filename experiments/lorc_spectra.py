@@ -1,0 +1,74 @@
+"""LoRC, Sec. 4.1 and App. B: are the matrices low-rank? And Eqs. 10, 12, 13: kappa and kappa~.
+
+The paper says that key and value weights are low-rank, and that ln kappa~, which falls with depth by
+construction, tells which layers are sensitive. Here the singular values of the weights, those of the
+keys and values themselves (roots of the eigenvalues of W E[x x^T] W^T), and each layer's kappa.
+
+    python experiments/lorc_spectra.py --model PATH --text FILE --calibrate OTHER_FILE
+"""
+import sys
+
+import study as shared
+from study import lorc
+
+POINTS = 33           # of each spectrum, evenly spaced
+KINDS = {"svd": "weights", "whitened": "activations"}
+
+
+def measure(study):
+    kappas = study.log_kappas()
+    tilde = lorc.log_kappa_tilde([k + v for k, v in kappas])
+    rows, d_max = [], study.config.kv_width
+    at = sorted({round(i * (d_max - 1) / (POINTS - 1)) for i in range(POINTS)})
+    for layer in range(study.config.layers):
+        row = {"layer": layer, "log_kappa_k": kappas[layer][0], "log_kappa_v": kappas[layer][1],
+               "log_kappa_tilde": tilde[layer], "at": [round((i + 1) / d_max, 4) for i in at]}
+        for basis, name in KINDS.items():
+            for which, (lam, _) in zip("kv", study.spectra(basis)[layer]):
+                sigma = (lam / lam[0]).sqrt()[at]
+                row[f"{name}_{which}"] = [float(f"{x:.4g}") for x in sigma.tolist()]
+        rows.append(row)
+    return rows
+
+
+def plot(found):
+    yield "lorc_spectra", spectra(found)
+    yield "lorc_kappa", kappa(found)
+
+
+def spectra(found):
+    """All layers' spectra, shallow ones dark."""
+    fig, axes = shared.panels(found, "index / width", "", rows=2, height=2.1, sharey="row")
+    names = {("weights", "k"): "Wk", ("weights", "v"): "Wv", ("activations", "k"): "keys",
+             ("activations", "v"): "values"}
+    for i, of in enumerate(KINDS.values()):
+        axes[i, 0].set_ylabel(rf"$\sigma_i / \sigma_1$ of {of}")
+        for ax, result in zip(axes[i], found.values()):
+            for kind, dashes, color in (("k", "-", "#1f5fa8"), ("v", "--", "#d95f02")):
+                for row in result["rows"]:
+                    depth = row["layer"] / max(1, len(result["rows"]) - 1)
+                    ax.plot(row["at"], row[f"{of}_{kind}"], dashes, color=color, linewidth=0.9,
+                            alpha=1 - 0.75 * depth, label=names[of, kind] if depth == 0 else None)
+            ax.set_yscale("log")
+            shared.plain_numbers(ax.yaxis)
+        axes[i, -1].legend(title="shallow dark, deep pale", title_fontsize=6.5)
+    return fig
+
+
+def kappa(found):
+    """ln kappa of each layer, and their sums from the layer on."""
+    fig, axes = shared.panels(found, "layer", "natural logarithm")
+    for ax, result in zip(axes[0], found.values()):
+        shared.lines(ax, [{"label": label, "layer": row["layer"], "y": row[key]}
+                          for key, label in (("log_kappa_tilde", r"ln $\tilde\kappa_l$, Eq. 12"),
+                                             ("log_kappa_k", r"ln $\kappa(W_k)$, Eq. 10"),
+                                             ("log_kappa_v", r"ln $\kappa(W_v)$, Eq. 10"))
+                          for row in result["rows"]], "layer", "y")
+        ax.set_yscale("log")
+        shared.plain_numbers(ax.yaxis)
+    shared.legend(fig, axes[0, -1])
+    return fig
+
+
+if __name__ == "__main__":
+    sys.exit(shared.main(sys.modules[__name__]))
