@@ -1,6 +1,6 @@
 """A long generation from the bi-branch cache: does anything grow, and is the window exact throughout?
 
-    python experiments/long_run.py [--tokens 20000] [--model PATH] [--kept 0.3] [--out FILE] [--commit HASH]
+    python experiments/long_run.py [--tokens 20000] [--device cuda] [--model PATH] [--kept 0.3] [--out FILE]
 
 The model runs past the positions it was made for, which lorc.py refuses to do: this is about the cache,
 not the text. All buffers are made, and written to once, before the first token. After every token the
@@ -20,8 +20,10 @@ import model
 from record import HERE, provenance, write
 
 
-def resident():
-    """Bytes of this process that are in memory."""
+def resident(device="cpu"):
+    """Bytes of this process that are in memory; on a GPU those that are allocated there."""
+    if device != "cpu":
+        return torch.cuda.memory_allocated()
     return next(int(x.split()[1]) * 1024 for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS"))
 
 
@@ -53,18 +55,19 @@ def exact(store, seen):
 
 def long_run(llama, bases, prompt, tokens, every, **bibranch):
     """Generate; return how many steps had an exact window, and bytes held and resident every few tokens."""
-    c, T = llama.config, len(prompt) + tokens - 1
+    prompt = torch.tensor([prompt], device=llama.embed.weight.device)
+    c, T = llama.config, prompt.shape[1] + tokens - 1
     caches = lorc.new_caches(llama, "bibranch", T, bases, **bibranch)
     seen, n = llama.embed.weight.new_empty(c.layers, 2, T, c.kv_heads, c.head_dim), [0]
     for x in [seen, *(x for store in caches for x in buffers(store))]:
         x.fill_(0)                                      # its pages are there now
     hooks, rows, good = remembered(llama, seen, n), [], 0
     start = time.perf_counter()
-    for i, _ in enumerate(lorc.generate(llama, caches, torch.tensor([prompt]), tokens, temperature=1.0)):
+    for i, _ in enumerate(lorc.generate(llama, caches, prompt, tokens, temperature=1.0)):
         n[0] = caches[0].n
         good += all(exact(store, seen[layer, :, :n[0]]) for layer, store in enumerate(caches))
         if i % every == 0 or i == tokens - 1:
-            rows.append({"tokens": n[0], "held": sum(s.nbytes for s in caches), "resident": resident(),
+            rows.append({"tokens": n[0], "held": sum(s.nbytes for s in caches), "resident": resident(prompt.device.type),
                          "seconds": round(time.perf_counter() - start, 2)})
     for hook in hooks:
         hook.remove()
@@ -74,6 +77,7 @@ def long_run(llama, bases, prompt, tokens, every, **bibranch):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default=str(HERE.parent / "tiny"))
+    p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     p.add_argument("--tokens", type=int, default=20_000)
     p.add_argument("--kept", type=float, default=0.3)
     p.add_argument("--every", type=int, default=1000)
@@ -81,14 +85,14 @@ def main():
     p.add_argument("--commit")
     args = p.parse_args()
     with torch.inference_mode():
-        llama = model.load(args.model, torch.float32)
+        llama = model.load(args.model, torch.float32, args.device)
         prompt = model.Tokenizer(args.model, llama.config).encode("Once upon a time")
         bases = lorc.lorc(llama, kept=args.kept, schedule="uniform")[1]
         result = long_run(llama, bases, prompt, args.tokens, args.every, sinks=4, window=32, bits=4)
     rows = result["rows"]
     result |= {"resident_after_first": rows[0]["resident"], "growth_of_resident": max(r["resident"] for r in rows) - rows[0]["resident"],
                "growth_of_held": rows[-1]["held"] - rows[0]["held"]}
-    write(args.out or HERE / "results" / "long_run.json", provenance("cpu", args.commit) | {"kept": args.kept} | result)
+    write(args.out or HERE / "results" / "long_run.json", provenance(args.device, args.commit) | {"kept": args.kept} | result)
 
 
 if __name__ == "__main__":
