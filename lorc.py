@@ -29,7 +29,7 @@ import math
 import os
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -209,7 +209,7 @@ def calibrated_moments(llama, tokens, kind, sinks=4, context=1024, windows=32):
     finally:
         for hook in hooks:
             hook.remove()
-    return [total / seen for total in sums]
+    return [finite(total / seen, llama.norm.weight.dtype) for total in sums]
 
 
 # A basis that commutes with RoPE: what App. C wants --------------------------------------------
@@ -265,11 +265,12 @@ def full_bytes(llama, capacity, B=1):
     return 2 * B * capacity * c.kv_width * c.layers * llama.norm.weight.element_size()
 
 
-def finite(logits):
-    """The logits themselves. Raises UserError when the model has overflowed its dtype."""
-    if not torch.isfinite(logits).all():
-        raise model.UserError(f"the model overflows in {str(logits.dtype)[6:]}; give another --dtype")
-    return logits
+def finite(x, dtype=None):
+    """x itself. Raises UserError when the model has overflowed its dtype, x's own by default."""
+    if not torch.isfinite(x).all():
+        raise model.UserError(f"the model overflows in {str(dtype or x.dtype)[6:]}; "
+                              "give another --dtype")
+    return x
 
 
 def sample(logits, temperature, top_p, generator):
@@ -358,7 +359,7 @@ def negative_log_likelihood(llama, tokens, context, make_caches):
 @contextmanager
 def measuring(llama, bases):
     """Collect ||k - k~|| / ||k|| and ||v - v~|| / ||v|| of each layer over all tokens seen."""
-    sums = torch.zeros(len(llama.layers), 2, 2)
+    sums = torch.zeros(len(llama.layers), 2, 2, dtype=torch.float64)
 
     def collect(layer, which, pair):
         def hook(module, inputs, k):
@@ -374,6 +375,7 @@ def measuring(llama, bases):
     finally:
         for hook in hooks:
             hook.remove()
+        finite(sums, llama.norm.weight.dtype)
         errors += (sums[..., 0] / sums[..., 1].clamp(min=1e-30)).sqrt().tolist()
 
 
@@ -387,7 +389,7 @@ def fingerprint(llama):
 
 def save_bases(folder, llama, plan, bases, method):
     """Write bases and plan to folder/bases.safetensors: whole or not at all. Raises UserError."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     shape, numbers = fingerprint(llama)
     bases = model.gather([pair and [Basis(*(x if x is None else x.cpu() for x in b)) for b in pair] for pair in bases])
     if model.place()[0] > 0:
@@ -400,12 +402,12 @@ def save_bases(folder, llama, plan, bases, method):
     beside = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors | {"model": numbers}, beside, about)
+        beside.write_bytes(save(tensors | {"model": numbers}, about))
         os.replace(beside, path)
-    except Exception as e:
-        raise model.UserError(f"--save {folder}: {e}") from None
+    except OSError as e:
+        raise model.UserError(f"--save {folder}: {e.strerror or e}") from None
     finally:
-        if beside.is_file():
+        with suppress(OSError):
             beside.unlink()
 
 
@@ -430,7 +432,8 @@ def load_bases(folder, llama):
         if about["model"] != shape or not torch.allclose(tensors["model"], numbers, 0.01, 1e-4):
             raise model.UserError(f"{path} was made for another model; make new ones with --save")
         good = len(kappa) == len(ranks) == L and all(type(x) is float for pair in kappa for x in pair)
-        good &= all(type(x) is int and 1 <= x <= d_max for pair in ranks for x in pair)
+        if not (good and all(type(x) is int and 1 <= x <= d_max for pair in ranks for x in pair)):
+            raise ValueError
         like = llama.norm.weight
 
         def read(name):
@@ -438,14 +441,14 @@ def load_bases(folder, llama):
             return Basis(down.to(like), up.to(like), turns if turns is None else turns.to(like.device))
         bases = [tuple(read(f"layers.{i}.{kind}") for kind in "kv") if pair != (d_max, d_max) else None
                  for i, pair in list(enumerate(ranks))[own]]
-        good &= all(fits(b, d_c, llama.config)
-                    for pair, dims in zip(bases, ranks[own]) if pair for b, d_c in zip(pair, dims))
+        if not all(fits(b, d_c, llama.config)
+                   for pair, dims in zip(bases, ranks[own]) if pair for b, d_c in zip(pair, dims)):
+            raise ValueError
     except model.UserError:
         raise
-    except Exception as e:                          # anything at all can be wrong with a file
-        raise model.UserError(f"{path} holds no bases that can be read: {e!r:.80}") from None
-    if not good:
-        raise model.UserError(f"{path} holds bases whose plan is damaged; make new ones with --save")
+    except Exception:                               # anything at all can be wrong with a file
+        raise model.UserError(f"{path} holds no bases that can be read; make some with --save"
+                              ) from None
     return Plan(kappa, log_kappa_tilde([k + v for k, v in kappa]), ranks, d_max), bases
 
 
@@ -457,17 +460,16 @@ class Parser(argparse.ArgumentParser):
         if os.environ.get("RANK", "0") != "0":          # torchrun: the first says it for all
             time.sleep(1)
             self.exit(2)
-        self.exit(2, f"lorc: {' '.join(message.split())} (see --help)\n")
+        self.exit(2, f"{Path(self.prog).stem}: {' '.join(message.split()):.400} (see --help)\n")
 
 
 def within(kind, low, high, what):
     """An argparse type: a number of `kind` from low to high."""
     def read(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise ValueError
-        return value
-    read.__name__ = what
+        with suppress(ValueError):
+            if low <= (value := kind(text)) <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"should be a {what}, not {text!r:.40}")
     return read
 
 
@@ -480,7 +482,8 @@ DEFAULTS = {"cache": "compressed", "kept": 0.6, "threshold": math.inf, "skip": 0
 
 def command_line():
     """Every flag. None means not given: `settle` needs to know, and fills in the defaults."""
-    p = Parser(prog="lorc.py", description="LoRC and CSKV: a LLaMA that keeps a low-rank KV cache.")
+    p = Parser(prog="lorc.py", description="LoRC and CSKV: a LLaMA that keeps a low-rank KV cache.",
+               allow_abbrev=False)
     count, positive = within(int, 0, 10**9, "count"), within(int, 1, 10**9, "positive count")
     fraction, more = within(float, 1e-6, 1, "fraction in (0, 1]"), within(int, 2, 10**9, "count > 1")
     flag = p.add_argument
@@ -522,7 +525,7 @@ def command_line():
          help="Exact first tokens of the bi-branch cache; left out of calibration. Default: 4.")
     flag("--window", type=count, metavar="N",
          help="Exact last tokens of the bi-branch cache. Default: 32.")
-    flag("--bits", type=int, choices=[16, 4],
+    flag("--bits", type=within(int, 4, 16, "number, 16 or 4"), choices=[16, 4],
          help="Of a bi-branch latent; 16 stands for the model's own dtype. Default: 16.")
     flag = p.add_argument_group("running").add_argument
     flag("--max-new-tokens", type=positive, metavar="N", help="Default: 128.")
@@ -554,17 +557,22 @@ def settle(p, args):
         p.error("nothing to do: give --prompt TEXT, --perplexity FILE, --plan or --save DIR")
     if args.bases is not None:
         leave_out([*PLAN_FLAGS, "save"], "--bases brings its own plan")
-    if args.cache == "full" and not (args.compare or args.plan or args.save is not None):
+    if args.compare:
+        leave_out(["cache"], "--compare runs all three caches")
+    if args.cache == "full" and args.save is None:
         leave_out([*PLAN_FLAGS, "bases"], "--cache full keeps everything")
     if args.cache != "bibranch" and not args.compare:
         leave_out(["window", "bits"] + ["sinks"] * (args.calibrate is None),
                   "only --cache bibranch has two branches")
+    if args.prompt is None and args.perplexity is None:
+        leave_out(["compare", "cache", "window", "bits"],
+                  "no cache is filled without --prompt or --perplexity")
     if args.perplexity is None:
         leave_out(["context", "max_tokens"], "nothing is scored without --perplexity")
     if args.prompt is None:
         leave_out(SPEAK_FLAGS, "nothing is said without --prompt")
-        if args.perplexity is None:
-            leave_out(["compare"], "nothing to compare without --prompt or --perplexity")
+    if not args.temperature:
+        leave_out(["top_p", "seed"], "nothing is drawn at temperature 0")
     if args.basis in ("svd", "norm"):
         leave_out(["calibrate"], f"--basis {args.basis} uses no text")
     if args.basis in ("asvd", "whitened") and args.calibrate is None:
@@ -603,15 +611,19 @@ def open_model(args):
             raise model.UserError(f"--device {device} is one card, and torchrun gives each process "
                                   "its own; write --device cuda")
         device += f":{os.environ['LOCAL_RANK']}"
+    name = args.dtype or ("float32" if device.startswith("cpu") else None)
+    dtype = name and getattr(torch, name)
     try:
         if device.startswith("cuda:"):
             torch.cuda.set_device(device)
-        torch.zeros(1, device=device).item()
-    except Exception as e:
-        raise model.UserError(f"--device {device} cannot be used: {str(e):.100}") from None
-    dtype = args.dtype or ("float32" if torch.device(device).type == "cpu" else None)
+        trial = torch.ones(1, 1, dtype=dtype, device=device)
+        (trial @ trial).item()
+    except Exception:                                  # every backend has its own way to say no
+        here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise model.UserError(f"--device {device} cannot be used{f' with {name}' if name else ''}; "
+                              f"here: {', '.join(here)}") from None
     folder = model.find_model(args.model)
-    llama = model.load(folder, dtype and getattr(torch, dtype), device)
+    llama = model.load(folder, dtype, device)
     return llama, model.Tokenizer(folder, llama.config)
 
 
@@ -620,8 +632,8 @@ def read_prompt(args, llama, tokenizer, prompt):
     prompt = read_text("-") if prompt == "-" else prompt
     ids = tokenizer.chat(prompt) if args.chat else tokenizer.encode(prompt)
     limit = llama.config.context
-    if not ids or not prompt.strip():
-        raise model.UserError("the prompt is empty; give some text")
+    if not tokenizer.fast.decode(ids).strip():
+        raise model.UserError("the prompt is empty or holds only special tokens; give some text")
     if len(ids) > limit:
         raise model.UserError(f"the prompt has {len(ids)} tokens, the model's context is {limit}; "
                               "shorten it")
@@ -651,6 +663,9 @@ def choose_bases(args, llama, tokenizer):
     if args.bases is not None:
         return load_bases(args.bases, llama)
     d_max, moments = llama.config.kv_width, None
+    if args.skip >= llama.config.layers:
+        raise model.UserError(f"--skip {args.skip} leaves none of the model's "
+                              f"{llama.config.layers} layers to compress")
     if args.d_min and args.d_min > d_max:
         raise model.UserError(f"--d-min {args.d_min} is above the KV width G*d = {d_max}")
     if args.basis == "norm":
@@ -866,23 +881,38 @@ def print_comparison(runs):
             print(f"\n--- {r['cache']['kind']}\n{r['text']}")
 
 
-def main(argv=None):
-    """The command line. Returns the status: 2 for what the user can mend, 130 after Ctrl-C."""
-    parser = command_line()
-    args = settle(parser, parser.parse_args(argv))
+def answer(name, work):
+    """The status of work(): 2 and one line for what the user can mend, 130 after Ctrl-C, 141 when
+    the reader of standard output (`| head`) has gone."""
     try:
         heavy_imports()
-        try:
-            with torch.inference_mode(), model.processes():
-                return run(args)
-        except BrokenPipeError:                          # the reader, `| head` say, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141
-        except (model.UserError, OSError) as e:
-            print("lorc:", " ".join(str(e).split()), file=sys.stderr)
-            return 2
+        with torch.inference_mode(), model.processes():
+            status = work()
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return 130
+    except OSError as e:                     # what waits to be written must not fail again at exit
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(e, BrokenPipeError):
+            return 141
+        message = str(e)
+    except model.UserError as e:
+        message = str(e)
+    except (MemoryError, RuntimeError) as e:
+        if type(e) is RuntimeError and "allocate" not in str(e):
+            raise
+        message = "not enough memory for this model, text and number of new tokens; ask for less"
+    print(f"{name}: {' '.join(message.split()):.400}", file=sys.stderr)
+    return 2
+
+
+def main(argv=None):
+    """The command line; `answer` says what the status means."""
+    parser = command_line()
+    args = settle(parser, parser.parse_args(argv))
+    return answer("lorc", lambda: run(args))
 
 
 if __name__ == "__main__":

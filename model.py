@@ -16,14 +16,15 @@ Does NOT include: training, dropout, biases, sliding windows, mixtures of expert
 quantized weights. A checkpoint that asks for one of these is refused by name; no tensor it
 holds is ignored.
 """
+import inspect
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -74,12 +75,25 @@ NOT_COMPUTED = {"attention_bias": "biases in attention", "mlp_bias": "biases in 
                 "sliding_window": "a sliding window", "quantization_config": "quantized weights"}
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in a file. Raises UserError when there is none to be had."""
+def read_text(path: Path, most: int = 2**26) -> str:
+    """A small file of a checkpoint. Raises UserError: no file, above `most` bytes, not UTF-8."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is not a plain file")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > most:
+            raise UserError(f"{path} is larger than {most >> 20} MiB, which no model needs")
+        return path.read_text(encoding="utf-8")
     except OSError as e:
         raise UserError(f"{path}: {e.strerror or e}") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text (byte {e.start})") from None
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file. Raises UserError when there is none to be had."""
+    text = read_text(path)
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not valid JSON: {e}") from None
     if not isinstance(value, dict):
@@ -94,8 +108,8 @@ def number(raw: dict, key: str, kind=int, default=None):
     if kind is float and type(value) is int:
         value = float(value) if value < 1e30 else None
     if type(value) is not kind or not 0 < value < 1e30 or (kind is int and value >= 2**31):
-        raise UserError(f"config.json: {key} should be a positive {kind.__name__}, "
-                        f"not {value!r:.40}")
+        raise UserError(f"config.json: {key} should be a positive {kind.__name__} below "
+                        f"{'2**31' if kind is int else '1e30'}, not {value!r:.40}")
     return value
 
 
@@ -115,7 +129,12 @@ def read_rope(raw: dict) -> dict:
     given.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
     theta = number({"rope_theta": given.get("rope_theta", raw.get("rope_theta"))},
                    "rope_theta", float, 1e4)
-    return {"type": kind, "theta": theta} | {k: number(given, k, float) for k in ROPE_NUMBERS[kind]}
+    rope = {"type": kind, "theta": theta} | {k: number(given, k, float) for k in ROPE_NUMBERS[kind]}
+    if min(theta, rope.get("factor", 1)) < 1:
+        raise UserError("config.json: rope_theta and factor should be at least 1")
+    if kind == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
+        raise UserError("config.json: low_freq_factor should be below high_freq_factor")
+    return rope
 
 
 def read_config(folder: Path) -> Config:
@@ -338,7 +357,7 @@ def from_last(x: torch.Tensor) -> torch.Tensor:
 
 # Reading weights ---------------------------------------------------------------------------------
 
-HUB_FILES = ["config.json", "generation_config.json", "*.safetensors",
+HUB_FILES = ["config.json", "generation_config.json", "model*.safetensors",
              "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
              "chat_template.jinja"]
 HF_NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head",
@@ -354,32 +373,56 @@ def hf_name(name: str) -> str:
     return ".".join(HF_NAMES.get(part, part) for part in name.split("."))
 
 
+def inside(folder: Path, path: Path) -> bool:
+    """Is this a file, and no link out of its folder? The Hub's cache links snapshots/x to blobs."""
+    try:
+        real, home = path.resolve(), folder.resolve()
+    except (ValueError, RuntimeError):                             # no name at all, or a loop
+        return False
+    blobs = home.parent.parent / "blobs"
+    return path.is_file() and (home in real.parents or
+                               home.parent.name == "snapshots" and blobs in real.parents)
+
+
 def find_tensors(folder: Path) -> dict[str, Path]:
-    """Which safetensors file holds which tensor: one file, or shards named by the index."""
+    """Which safetensors file holds which tensor: one file, or shards named by the index.
+
+    Raises UserError also for a weight file that is a link out of the folder.
+    """
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         path = folder / "model.safetensors"
         if not path.exists():
             raise UserError(f"{folder} holds no model.safetensors and no {index.name}"
                             " (pickled .bin weights are never read)")
+        if not inside(folder, path):
+            raise UserError(f"{path} is not a plain file in this folder; copy it there")
         return dict.fromkeys(header(path), path)
-    names = read_json(index).get("weight_map")
+    names, files = read_json(index).get("weight_map"), {}
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index} has no weight_map")
-    for shard in set(map(str, names.values())):
-        if Path(shard).name != shard or not (folder / shard).is_file():
+    for shard in sorted(set(map(str, names.values()))):
+        if Path(shard).name != shard or not inside(folder, folder / shard):
             raise UserError(f"{index.name} names the shard {shard!r:.80}, "
                             f"which is not a file in {folder}")
-    return {name: folder / shard for name, shard in names.items()}
+        held = dict.fromkeys(header(folder / shard), folder / shard)
+        if twice := files.keys() & held:
+            raise UserError(f"{shard} holds {min(twice)!r:.80}, and so does another shard")
+        files |= held
+    return files
 
 
 def header(path: Path) -> list[str]:
-    """The names of the tensors in one safetensors file."""
+    """The names of the tensors in one safetensors file. Raises UserError when one comes twice."""
     try:
-        with safe_open(path, "pt") as f:
-            return list(f.keys())
-    except (SafetensorError, OSError) as e:
+        with safe_open(path, "pt") as f, open(path, "rb") as raw:
+            names, size = list(f.keys()), int.from_bytes(raw.read(8), "little")
+            keys = json.loads(raw.read(size), object_pairs_hook=lambda pairs: [k for k, _ in pairs])
+    except (SafetensorError, OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path} is not a readable safetensors file: {e}") from None
+    if len(names) != sum(key != "__metadata__" for key in keys):
+        raise UserError(f"{path} is not a readable safetensors file: a name comes twice in it")
+    return names
 
 
 def read_tensor(path: Path, name: str, shape, dtype, device) -> torch.Tensor:
@@ -409,15 +452,24 @@ def read_tensor(path: Path, name: str, shape, dtype, device) -> torch.Tensor:
 
 
 def find_model(name: str) -> Path:
-    """A checkpoint's folder: `name` itself, or what the Hub has under that id. Raises UserError."""
+    """A checkpoint's folder: `name` itself, or what the Hub has under that id. Raises UserError.
+
+    Of a Hub repository only HUB_FILES are downloaded, into huggingface_hub's cache.
+    """
     if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         return Path(name)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import errors, snapshot_download
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except Exception as e:
-        raise UserError(f"{name} is no folder here, and the Hub says: "
-                        f"{str(e):.200}") from None
+    except errors.GatedRepoError:
+        why = "the Hub gives it to those it lets in only: ask on its page, then `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        why = "the Hub has none of that name, or not for you (`hf auth login`)"
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        why = "the Hub cannot be reached and none was downloaded before"
+    except Exception as e:                          # whatever else the network can do
+        why = f"the Hub says: {str(e):.100}"
+    raise UserError(f"{name} is no folder here; {why}")
 
 
 def check_names(folder: Path, files: dict, wanted: dict, tied: bool) -> None:
@@ -455,8 +507,14 @@ def load(folder, dtype=None, device="cpu") -> Llama:
     files, (rank, n) = find_tensors(folder), place()
     if n > config.layers:
         raise UserError(f"{n} processes for {config.layers} layers: each needs one; start fewer")
-    with torch.device("meta"):
-        model = Llama(config)
+    if config.layers > len(files):                  # else the next lines would build them all
+        raise UserError(f"config.json has {config.layers} layers, "
+                        f"{folder} only {len(files)} tensors")
+    try:
+        with torch.device("meta"):                  # shapes only: nothing is allocated yet
+            model = Llama(config)
+    except (RuntimeError, TypeError, OverflowError):
+        raise UserError("config.json's sizes are beyond what a tensor can have") from None
     wanted = {name: p.shape for name, p in model.named_parameters()}
     check_names(folder, files, wanted, config.tied)
     if dtype is None:
@@ -476,16 +534,36 @@ def load(folder, dtype=None, device="cpu") -> Llama:
 
 # Text --------------------------------------------------------------------------------------------
 
+@contextmanager
+def refusing(what: str):
+    """Make a UserError of all that the tokenizers library throws.
+
+    A damaged file can make it panic: that is no Exception in Python, and it writes lines of its own
+    to file 2, which is closed to it meanwhile.
+    """
+    keep, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:
+        raise UserError(f"{what}: {e}") from None
+    finally:
+        os.dup2(keep, 2)
+        os.close(keep)
+        os.close(null)
+
+
 class Tokenizer:
     """Text <-> tokens by the checkpoint's own files: tokenizer.json, chat template, end tokens."""
 
     def __init__(self, folder, config: Config):
         folder, self.config = Path(folder), config
         path = folder / "tokenizer.json"
-        try:
-            self.fast = FastTokenizer.from_file(str(path))
-        except Exception as e:                      # the library raises a bare Exception
-            raise UserError(f"{path} cannot be read as a tokenizer: {e}") from None
+        text = read_text(path, 2**28)
+        with refusing(f"{path} cannot be read as a tokenizer"):
+            self.fast = FastTokenizer.from_str(text)
         self.fast.no_truncation()                   # settings of its training, not of the model
         self.fast.no_padding()
         optional = {n: read_json(folder / n) if (folder / n).exists() else {}
@@ -503,11 +581,8 @@ class Tokenizer:
         if isinstance(found, list):                 # named templates: the one for plain chat
             found = next((t.get("template") for t in found
                           if isinstance(t, dict) and t.get("name") == "default"), None)
-        try:
-            if self.template_file.exists():
-                found = self.template_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"{self.template_file} cannot be read: {e}") from None
+        if self.template_file.exists():
+            found = read_text(self.template_file)
         if not isinstance(found, str):
             raise UserError("this model has no chat template; leave out --chat")
         return found
@@ -520,11 +595,10 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids; begins with BOS exactly when the tokenizer says so (and `special`)."""
-        try:
+        with refusing("this model's tokenizer cannot read the text"):
+            text.encode()                           # raises where it is not valid Unicode
             ids = self.fast.encode(text, add_special_tokens=special).ids
-        except (UnicodeEncodeError, TypeError):
-            raise UserError("the text is not valid Unicode") from None
-        bos = self.fast.token_to_id(self.special("bos_token"))
+            bos = self.fast.token_to_id(self.special("bos_token"))
         wish = self.options.get("add_bos_token")
         if special and bos is not None and isinstance(wish, bool) and wish != (ids[:1] == [bos]):
             ids = [bos, *ids] if wish else ids[1:]
@@ -534,26 +608,53 @@ class Tokenizer:
         return ids
 
     def chat(self, text: str) -> list[int]:
-        """Token ids of one user message in the model's own chat template, rendered in a sandbox."""
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        """Token ids of one user message in the model's own chat template.
 
-        def refuse(message):
-            raise UserError(f"the chat template says: {message}")
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        env.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
-        env.globals |= {"raise_exception": refuse,
-                        "strftime_now": lambda f: datetime.now().strftime(f)}
-        try:
-            rendered = env.from_string(self.template()).render(
-                messages=[{"role": "user", "content": text}], add_generation_prompt=True,
-                tools=None, bos_token=self.special("bos_token"),
-                eos_token=self.special("eos_token"))
-        except UserError:
-            raise
-        except Exception as e:                      # a template can fail in any way that code can
-            raise UserError("the chat template cannot be rendered: "
-                            f"{type(e).__name__}: {e}") from None
+        The template is a program: it is rendered in a sandbox, in a process of its own that is
+        given two seconds and 1 GiB. Raises UserError when it cannot be.
+        """
+        names = {"messages": [{"role": "user", "content": text}], "add_generation_prompt": True,
+                 "tools": None, "bos_token": self.special("bos_token"),
+                 "eos_token": self.special("eos_token")}
+        task = json.dumps([self.template(), names]).encode()
+        program = inspect.getsource(render) + "render()"
+        done = subprocess.run([sys.executable, "-c", program], input=task, capture_output=True,
+                              cwd=Path(__file__).resolve().parent)
+        said = done.stderr.decode().splitlines() or ["it took more than 2 s or 1 GiB"]
+        rendered, error = json.loads(done.stdout or json.dumps(["", said[-1]]))
+        if error:
+            raise UserError(f"the chat template cannot be rendered: {error}")
         return self.encode(rendered, special=False)
+
+
+def render():
+    """[template, names] on standard input -> [text, what went wrong] on standard output.
+
+    Runs by itself: `Tokenizer.chat` hands the source of this function to a new Python.
+    """
+    import datetime
+    import json
+    import resource
+    import sys
+
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+    resource.setrlimit(resource.RLIMIT_CPU, (2, 2))
+
+    def refuse(message):
+        raise ValueError(message)
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    env.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
+    env.globals |= {"raise_exception": refuse,
+                    "strftime_now": lambda f: datetime.datetime.now().strftime(f)}
+    template, names = json.load(sys.stdin)
+    try:
+        text, error = env.from_string(template).render(names), ""
+        if len(text) > 2**20 + len(names["messages"][0]["content"]):
+            text, error = "", "it makes more than a million characters of its own"
+    except Exception as e:                          # a template can fail in any way that code can
+        text, error = "", f"{type(e).__name__}: {e}"[:200]
+    json.dump([text, error], sys.stdout)
 
 
 class Stream:

@@ -4,15 +4,21 @@ Four kinds, under banners: worked by hand; property (Hypothesis draws what the s
 over); parity (an independent implementation); must fail (a counterexample to a printed claim).
 `LORC_MODEL=PATH pytest` runs the tests on a real checkpoint against that one; without it, on tiny/.
 """
+import errno
 import functools
+import http.server
 import json
 import math
 import shutil
 import os
 import re
+import resource
+import shlex
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -300,6 +306,207 @@ def test_a_broken_folder_ends_with_one_line(what, word, tmp_path, capsys):
     assert status == 2 and out == "" and word in err and err.count("\n") == 1
 
 
+def config(**change):
+    return "config.json", lambda data: json.dumps(json.loads(data) | change).encode()
+
+
+def index(**change):
+    names = dict.fromkeys(tensor_shapes(RAW), "model.safetensors") | change.pop("names", {})
+    return "model.safetensors.index.json", lambda data: json.dumps({"weight_map": names} | change).encode()
+
+
+def header(old, new, count=1):
+    """A change of the text that precedes the weights in a safetensors file; its length is kept right."""
+    def change(data):
+        size = int.from_bytes(data[:8], "little")
+        text = data[8:8 + size].replace(old, new, count)
+        assert text != data[8:8 + size]
+        return len(text).to_bytes(8, "little") + text + data[8 + size:]
+    return "model.safetensors", change
+
+
+def weights(word):
+    """One number of the weights, not in the first tensor alone."""
+    return "model.safetensors", lambda data: data[:-4000] + np.float32(word).tobytes() + data[-3996:]
+
+
+def file(name, content):
+    return name, lambda data: content
+
+
+PANIC = b""""post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "A", "type_id": 0}}], "pair": [],
+         "special_tokens": {"B": {"id": "A", "ids": [1], "tokens": ["w1"]}}}"""                  # the key and the id differ
+NORM = b'"model.norm.weight":{"dtype":"F32","shape":[32],"data_offsets":['
+FORGED = [
+    (config(hidden_size=0), "hidden_size should be a positive int below 2**31, not 0"),
+    (config(vocab_size=2**31), "vocab_size should be"),
+    (config(num_hidden_layers=2**31 - 1), "2147483647 layers"),
+    (config(num_hidden_layers=3), "lacks the tensor model.layers.2"),
+    (config(num_hidden_layers=1), "'model.layers.1."),
+    (config(num_attention_heads=2**30, head_dim=2**30), "beyond what a tensor can have"),
+    (config(hidden_size=2**31 - 1, intermediate_size=2**31 - 1, head_dim=8), "beyond what a tensor can have"),
+    (config(vocab_size=2**31 - 1), "has shape (61, 32), config.json implies (2147483647, 32)"),
+    (config(vocab_size=60), "implies (60, 32)"),
+    (config(rms_norm_eps=float("nan")), "rms_norm_eps should be a positive float below 1e30, not nan"),
+    (config(rms_norm_eps=0), "rms_norm_eps"),
+    (config(rope_theta=1e300), "rope_theta should be"),
+    (config(rope_theta=1e-9), "rope_theta and factor should be at least 1"),
+    (config(rope_scaling=LLAMA3 | {"low_freq_factor": 4.0}), "low_freq_factor should be below"),
+    (config(max_position_embeddings=-5), "max_position"),
+    (config(model_type=["llama"]), "['llama'] model"),
+    (config(rope_scaling="x"), "rope_scaling should be an object"),
+    (file("config.json", b"[" * 100_000), "not valid JSON"),
+    (file("config.json", b'{"a":' * 100_000), "not valid JSON"),
+    (file("config.json", b"[]"), "should hold a JSON object, not a list"),
+    (file("config.json", b"\xff\xfe"), "not UTF-8"),
+    (file("config.json", b"9" * 5000), "not valid JSON"),
+    (file("config.json", b" " * (2**26 + 1)), "larger than 64 MiB"),
+    (index(names={"model.norm.weight": "../model.safetensors"}), "'../model.safetensors', which is not a file in"),
+    (index(names={"model.norm.weight": "/etc/passwd"}), "'/etc/passwd', which is not"),
+    (index(names={"model.norm.weight": "."}), "not a file in"),
+    (index(names={"model.norm.weight": "a\0b"}), "not a file in"),
+    (index(names={"model.norm.weight": "\ud800"}), "not a file in"),
+    (index(names={"model.norm.weight": None}), "'None', which is not a file"),
+    (index(names={"model.norm.weight": "config.json"}), "not a readable"),
+    (index(weight_map=[1]), "has no weight_map"),
+    (index(weight_map={}), "has no weight_map"),
+    (header(NORM, NORM[:-1] + b"[" * 9), "not a readable safetensors file"),
+    (header(b'"F32"', b'"F16"'), "not a readable"),
+    (header(b'"F32"', b'"F99"'), "not a readable"),
+    (header(NORM, NORM + b"-"), "not a readable"),
+    (header(NORM, NORM + b"9" * 20), "not a readable"),
+    (header(b"{", b"{" + NORM + b"0,128]},"), "a name comes twice"),
+    (header(NORM, NORM + b'0,128],"x":['), "invalid offset"),
+    (header(b'"shape":[32]', b'"shape":[18446744073709551615,2]'), "not a readable"),
+    (header(b"{", b"[" * 100_000), "not a readable"),
+    (header(b"[16,32]", b"[32,16]"), "has shape (32, 16), config.json implies (16, 32)"),
+    (header(b"[16,32]", b"[512]"), "has shape (512,)"),
+    (("model.safetensors", lambda data: (2**62).to_bytes(8, "little") + data[8:]), "not a readable"),
+    (file("model.safetensors", b""), "not a readable"),
+    (weights("nan"), "holds NaN or infinite numbers"),
+    (weights("-inf"), "holds NaN or infinite numbers"),
+    (("tokenizer.json", lambda data: data.replace(b'"post_processor": null', PANIC)), "cannot read the text: no entry found for key"),
+    (file("tokenizer.json", b"{}"), "cannot be read as a tokenizer"),
+    (file("tokenizer.json", b"\xff"), "not UTF-8"),
+    (file("tokenizer.json", b"[" * 100_000), "cannot be read as a tokenizer"),
+    (file("tokenizer_config.json", b"[]"), "should hold a JSON object"),
+    (file("tokenizer_config.json", b'{"bos_token": "\\udcff"}'), "cannot read the text: 'utf-8' codec"),
+    (file("generation_config.json", b"x"), "not valid JSON"),
+    (("tokenizer.json", lambda data: data.replace(b'"w1": 1,', b'"w1": 99,')), "gives token 99, config.json has vocab_size 61"),
+]
+
+
+@pytest.mark.parametrize("how, word", FORGED, ids=[f"{name}: {word}" for (name, _), word in FORGED])
+def test_a_forged_checkpoint_ends_with_one_line(how, word, tmp_path, capfd):
+    """Each a change of one file; those that fuzzing found are among them. File 2 is read, where a panic in Rust would write."""
+    (name, change), folder = how, write_checkpoint(tmp_path, RAW)
+    path = folder / name
+    path.write_bytes(change(path.read_bytes() if path.exists() else b""))
+    status, out, err = cli(capfd, "--model", folder, "--prompt", "w1", "--cache", "full")
+    assert (status, out, err.count("\n")) == (2, "", 1) and word in err and len(err) < 450
+
+
+def test_a_tensor_in_two_shards_ends_with_one_line(tmp_path, capsys):
+    folder = write_checkpoint(tmp_path, RAW, shards=2)
+    (folder / "model-1.safetensors").write_bytes((folder / "model-0.safetensors").read_bytes())
+    status, out, err = cli(capsys, "--model", folder, "--prompt", "w1", "--cache", "full")
+    assert status == 2 and "and so does another shard" in err and err.count("\n") == 1
+
+
+def test_weights_may_be_links_in_the_hubs_cache_and_nowhere_else(tmp_path, capsys):
+    """models--x/snapshots/rev/model.safetensors -> ../../blobs/hash, as huggingface_hub makes it."""
+    repository = tmp_path / "models--a--b"
+    folder = write_checkpoint(repository / "snapshots" / "rev", RAW)
+    (repository / "blobs").mkdir()
+    for target, word in ((repository / "blobs" / "hash", None), (tmp_path / "elsewhere", "is not a plain file in this folder")):
+        (folder / "model.safetensors").resolve().rename(target)
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        (folder / "model.safetensors").symlink_to(os.path.relpath(target, folder))
+        status, _, err = cli(capsys, "--model", folder, "--prompt", "w1", "--cache", "full", "--max-new-tokens", 1)
+        assert (status, err.count("\n")) == (2, 1) and word in err if word else status == 0
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    status, _, err = cli(capsys, "--model", folder, "--prompt", "w1")
+    assert status == 2 and "config.json is not a plain file" in err
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub's API as a download needs: what is in a repository, and its files."""
+
+    def do_GET(self):
+        parts = self.path.split("?")[0].strip("/").split("/")
+        api = parts[:2] == ["api", "models"]
+        name = "/".join(parts[2:4] if api else parts[:2])
+        files, path = self.server.repositories.get(name, {}), "/".join(parts[4:])
+        if name == "org/gated":
+            self.reply(403, {"X-Error-Code": "GatedRepo"})
+        elif not files:
+            self.reply(404, {"X-Error-Code": "RepoNotFound"})
+        elif api and "tree" in parts:
+            self.reply(200, {}, json.dumps([{"type": "file", "path": f, "size": len(x), "oid": f} for f, x in files.items()]).encode())
+        elif api:
+            self.reply(200, {}, json.dumps({"id": name, "sha": "a" * 40, "siblings": [{"rfilename": f} for f in files]}).encode())
+        else:
+            self.server.asked.add(path)
+            self.reply(200, {"ETag": f'"{path}"', "X-Repo-Commit": "a" * 40}, files[path])
+
+    do_HEAD = do_GET
+
+    def reply(self, status, headers, body=b""):
+        self.send_response(status)
+        for item in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(*item)
+        self.end_headers()
+        self.wfile.write(body if self.command == "GET" else b"")
+
+    def log_message(self, *args):
+        pass
+
+
+HUB_CLIENT = """
+import contextlib, io, json, sys, lorc
+import huggingface_hub.constants as hub
+answers = []
+for name in "good gated nothing pickled/x a--b good gone good gone".split():
+    if len(answers) == 5:
+        hub.ENDPOINT = "http://127.0.0.1:9"                # nobody listens there
+    hub.HF_HUB_OFFLINE = len(answers) >= 7
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
+        status = lorc.main(["--model", name if "/" in name else "org/" + name, "--prompt", "w1", "--max-new-tokens", "2"])
+    answers.append((name, status, err.getvalue().splitlines()[-1]))
+print(json.dumps(answers))
+"""
+
+
+def test_a_hub_id_downloads_what_is_read_and_else_says_in_one_line_why_not(tmp_path):
+    """Against a server on the loopback address: there, gated, not there, without safetensors, no valid name;
+    then with the server gone, and with HF_HUB_OFFLINE: what was downloaded before still runs."""
+    folder = write_checkpoint(tmp_path / "good", RAW, shards=2)
+    good = {f.name: f.read_bytes() for f in folder.iterdir()}
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.asked, junk = set(), dict.fromkeys(["pytorch_model.bin", "README.md", "onnx/model.safetensors", "consolidated.safetensors"], b"x")
+    server.repositories = {"org/good": good | junk, "pickled/x": {"config.json": good["config.json"], "pytorch_model.bin": b"x"}}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "*"}
+    done = subprocess.run([sys.executable, "-c", HUB_CLIENT], cwd=HERE, env=env, capture_output=True, text=True)
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 0, done.stderr
+    want = [(0, ""), (2, "ask on its page"), (2, "has none of that name"), (2, "pickled .bin weights are never read"),
+            (2, "the Hub says: "), (0, ""), (2, "cannot be reached"), (0, ""), (2, "cannot be reached")]
+    for (name, status, line), (code, word) in zip(json.loads(done.stdout), want, strict=True):
+        assert status == code and word in line and len(line) < 400, (name, status, line)
+    assert server.asked == set(good)
+
+
+def test_mutated_checkpoints_run_or_are_refused_in_one_line():
+    """300 seeds of experiments/fuzz.py, which says what must hold; a failure prints the seed and its fault."""
+    sys.path.insert(0, str(HERE / "experiments"))
+    import fuzz
+    counts, findings = fuzz.fuzz(1_000_000, 300)
+    assert not findings and counts["ran"] > 50 and counts["refused"] > 150
+
+
 # Sec. 3: text and generation ---------------------------------------------------------------------
 
 def test_the_stream_of_text_is_the_text(real):
@@ -321,17 +528,24 @@ def test_bos_is_added_exactly_when_the_tokenizer_says_so(tmp_path):
         assert model.Tokenizer(folder, model.read_config(folder)).encode("w5 w6")[0] == first
 
 
-def test_chat_templates_are_rendered_and_cannot_reach_python(tmp_path):
+@pytest.mark.parametrize("template, want", [
+    ("{% for m in messages %}w3 {{ m['content'] }}{% endfor %}{% if add_generation_prompt %} w4{% endif %}", [3, 9, 4]),
+    ("{{ ''.__class__.__mro__ }}", "SecurityError"), ("{{ self.__init__.__globals__ }}", "SecurityError"),
+    ("{{ cycler.__init__.__globals__.os }}", "SecurityError"), ("{{ raise_exception('no') }}", "rendered: ValueError: no"),
+    ("{{ messages.append(1) }}", "SecurityError"), ("{% include 'x' %}", "no loader"), ("{{", "TemplateSyntaxError"), (3, "no chat template"),
+    ("{% for i in range(10**9) %}{% endfor %}", "OverflowError"), ("{{ 'w' * 10**10 }}", "MemoryError"),
+    ("{{ 'w' * 2**21 }}", "a million characters"),
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 2 s or 1 GiB"),
+])
+def test_chat_templates_are_rendered_and_cannot_reach_python_nor_run_on(template, want, tmp_path):
     folder = write_checkpoint(tmp_path, RAW)
-    good = "{% for m in messages %}w3 {{ m['content'] }}{% endfor %}{% if add_generation_prompt %} w4{% endif %}"
-    for template, ids in [(good, [3, 9, 4]), ("{{ ''.__class__.__mro__ }}", None), ("{{ raise_exception('no') }}", None)]:
-        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-        tokenizer = model.Tokenizer(folder, model.read_config(folder))
-        if ids:
-            assert tokenizer.chat("w9") == ids
-        else:
-            with pytest.raises(model.UserError, match="template"):
-                tokenizer.chat("w9")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    tokenizer = model.Tokenizer(folder, model.read_config(folder))
+    if isinstance(want, list):
+        assert tokenizer.chat("w9") == want
+    else:
+        with pytest.raises(model.UserError, match=want):
+            tokenizer.chat("w9")
 
 
 def test_every_named_end_token_ends_the_text(tmp_path):
@@ -883,6 +1097,15 @@ def test_a_prompt_attends_exactly_and_is_stored_compressed(case, data):
     assert torch.allclose(store.c_k.read(between), store.K.shrink(k[:, 1:max(1, T - 1)]))
 
 
+def test_a_long_generation_grows_nothing_and_its_window_is_exact():
+    """150 tokens over a ring of 8 and 4-bit groups of 32, checked after each; experiments/long_run.py does 20,000."""
+    sys.path.insert(0, str(HERE / "experiments"))
+    from long_run import long_run
+    llama = small_model()
+    got = long_run(llama, lorc.lorc(llama, d_min=4, schedule="uniform")[1], [1, 2, 3], 150, 50, sinks=2, window=8, bits=4)
+    assert got["steps"] == got["steps_with_exact_window"] == 150 and len({row["held"] for row in got["rows"]}) == 1
+
+
 @given(st.integers(1, 100), st.integers(1, 9), st.integers(1, 2), st.floats(-20, 20), st.data())
 def test_four_bits_come_back_to_half_a_step_and_cost_what_they_say(S, d_c, B, mean, data):
     """Codes are right to half a step of their group; bytes = codes / 2 + minimum and step + the waiting tokens."""
@@ -1240,21 +1463,225 @@ def test_help_answers_before_torch_is_imported():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A good checkpoint of 64 positions, good/, and beside it what a row below points at."""
+    d = tmp_path_factory.mktemp("places")
+    good, other = write_checkpoint(d / "good", RAW), write_checkpoint(d / "tied", RAW | VARIANTS["tied"])
+    for name, data in {"empty": b"", "blank": b" \n", "latin": b"caf\xe9", "binary": bytes(range(256)), "one": b"w1",
+                       "text": b"w1 w2 w3 " * 9, "bases.safetensors": b"junk"}.items():
+        (d / name).write_bytes(data)
+    for folder, bases in ((other, "b_other"), (good, "b_good"), (good, "b_kind"), (good, "b_plan")):
+        assert lorc.main(["--model", str(folder), "--save", str(d / bases)]) == 0
+    (d / "b_kind" / "bases.safetensors").write_bytes((good / "model.safetensors").read_bytes())
+    path = d / "b_plan" / "bases.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'\\"ranks\\": [[16', b'\\"ranks\\": [[99'))
+    return d
+
+
+WRONG = [line.split(" -> ") for line in """
+                        -> nothing to do: give --prompt
+--prompt w1 --perplexity {d}/text   -> not allowed with
+--prompt w1 --plan      -> not allowed with
+--prompt                -> --prompt: expected one argument
+--nonsense              -> unrecognized arguments: --nonsense
+--prompt w1 --temp 1    -> unrecognized arguments: --temp
+--prompt w1 w2          -> unrecognized arguments: w2
+--prompt w1 --kept 0    -> --kept: should be a fraction in (0, 1], not '0'
+--prompt w1 --kept 1.5  -> --kept: should be a fraction
+--prompt w1 --kept nan  -> --kept: should be a fraction
+--prompt w1 --kept half -> --kept: should be a fraction in (0, 1], not 'half'
+--prompt w1 --kept 0.05 -> --kept 0.05 cannot be reached
+--prompt w1 --kept 0.5 --d-min 3    -> --d-min: not allowed with argument --kept
+--prompt w1 --d-min 0   -> --d-min: should be a positive count
+--prompt w1 --d-min 2.5 -> --d-min: should be a positive count
+--prompt w1 --d-min 17  -> --d-min 17 is above the KV width G*d = 16
+--prompt w1 --threshold nan         -> --threshold: should be a number
+--prompt w1 --schedule linear       -> --schedule: invalid choice
+--prompt w1 --skip -1   -> --skip: should be a count
+--prompt w1 --skip 2    -> --skip 2 leaves none of the model's 2 layers to compress
+--prompt w1 --split 2   -> --split: should be a number in [-1, 1], not '2'
+--prompt w1 --split nan -> --split: should be a number
+--prompt w1 --basis pca -> --basis: invalid choice: 'pca'
+--prompt w1 --basis whitened        -> --basis whitened needs --calibrate FILE
+--prompt w1 --basis asvd            -> --basis asvd needs --calibrate FILE
+--prompt w1 --basis svd --calibrate {d}/text         -> --basis svd uses no text; leave out --calibrate
+--prompt w1 --calibrate /nowhere    -> /nowhere: No such file
+--prompt w1 --calibrate {d}/empty   -> {d}/empty holds no text
+--prompt w1 --calibrate {d}/binary  -> {d}/binary is not UTF-8 text (byte 128)
+--prompt w1 --calibrate {d}/one     -> calibrating needs 16
+--prompt w1 --calibrate {d}/text --sinks 9999        -> calibrating needs 16
+--prompt w1 --bases /nowhere        -> /nowhere/bases.safetensors holds no bases
+--prompt w1 --bases {d} -> {d}/bases.safetensors holds no bases
+--prompt w1 --bases {d}/b_kind      -> {d}/b_kind/bases.safetensors holds no bases
+--prompt w1 --bases {d}/b_other     -> was made for another model; make new ones with --save
+--prompt w1 --bases {d}/b_plan      -> {d}/b_plan/bases.safetensors holds no bases that can be read; make some with --save
+--prompt w1 --bases x --kept 0.5    -> --bases brings its own plan; leave out --kept
+--prompt w1 --bases x --threshold 0 -> --bases brings its own plan; leave out --threshold
+--prompt w1 --bases x --save y      -> --bases brings its own plan; leave out --save
+--prompt w1 --cache half            -> --cache: invalid choice: 'half' (choose from
+--prompt w1 --cache full --kept 0.5 -> --cache full keeps everything; leave out --kept
+--prompt w1 --cache full --bases x  -> --cache full keeps everything; leave out --bases
+--prompt w1 --compare --cache full  -> --compare runs all three caches; leave out --cache
+--prompt w1 --sinks 1   -> only --cache bibranch has two branches; leave out --sinks
+--prompt w1 --bits 4    -> only --cache bibranch has two branches; leave out --bits
+--prompt w1 --cache bibranch --window -1             -> --window: should be a count, not '-1'
+--prompt w1 --cache bibranch --sinks 1e3             -> --sinks: should be a count, not '1e3'
+--prompt w1 --cache bibranch --bits 3                -> --bits: should be a number, 16 or 4, not '3'
+--prompt w1 --cache bibranch --bits 8                -> --bits: invalid choice: 8 (choose from
+--prompt w1 --cache bibranch --bits four             -> --bits: should be a number, 16 or 4, not 'four'
+--plan --compare        -> no cache is filled without --prompt or --perplexity; leave out --compare
+--plan --cache bibranch -> no cache is filled without --prompt or --perplexity; leave out --cache
+--plan --seed 3         -> nothing is said without --prompt; leave out --seed
+--plan --json=yes       -> --json: ignored explicit argument
+--prompt w1 --context 9 -> nothing is scored without --perplexity; leave out --context
+--prompt w1 --max-tokens 9          -> leave out --max-tokens
+--prompt w1 --max-new-tokens 0      -> --max-new-tokens: should be a positive count
+--prompt w1 --temperature -1        -> --temperature: should be a number >= 0
+--prompt w1 --temperature inf       -> --temperature: should be a number >= 0
+--prompt w1 --temperature 1 --top-p 2                -> --top-p: should be a fraction in (0, 1]
+--prompt w1 --temperature 1 --seed x                 -> --seed: should be a count, not 'x'
+--prompt w1 --seed 3    -> nothing is drawn at temperature 0; leave out --seed
+--prompt w1 --temperature 0 --top-p 0.9              -> nothing is drawn at temperature 0; leave out --top-p
+--prompt w1 --chat      -> no chat template; leave out --chat
+--prompt ''             -> the prompt is empty
+--prompt '  '           -> the prompt is empty
+--prompt '<|endoftext|>' --model {tiny}              -> only special tokens
+--prompt \udcff         -> cannot read the text: 'utf-8' codec can't encode
+--prompt w1 --model /nowhere        -> /nowhere is not a folder; --model takes one
+--prompt w1 --model {d}/text        -> {d}/text is not a folder; --model takes one
+--prompt w1 --model {d} -> {d}/config.json: No such file
+--prompt w1 --model {d}/{long}      -> File name too long
+--prompt w1 --device abacus         -> --device abacus cannot be used; here: cpu
+--prompt w1 --device gpu            -> --device gpu cannot be used; here: cpu
+--prompt w1 --device meta           -> --device meta cannot be used
+--prompt w1 --device cuda:99        -> --device cuda:99 cannot be used
+--prompt w1 --dtype int8            -> --dtype: invalid choice: 'int8'
+--prompt w1 --save {d}/text         -> --save {d}/text: File exists
+--prompt w1 --save {d}/text/x       -> --save {d}/text/x: Not a directory
+--perplexity /nowhere   -> /nowhere: No such file
+--perplexity {d}        -> {d}: Is a directory
+--perplexity /proc/self/mem         -> /proc/self/mem: Input/output error
+--perplexity {d}/empty  -> {d}/empty holds no text
+--perplexity {d}/blank  -> {d}/blank holds no text
+--perplexity {d}/latin  -> {d}/latin is not UTF-8 text (byte 3)
+--perplexity {d}/one    -> {d}/one is too short to score
+--perplexity {d}/text --context 1   -> --context: should be a count > 1
+--perplexity {d}/text --context 65  -> --context 65 is beyond the model's 64 positions
+--perplexity {d}/text --max-tokens 1                 -> --max-tokens: should be a count > 1
+--perplexity {d}/text --chat        -> nothing is said without --prompt; leave out --chat
+""".strip("\n").splitlines()]
+
+
+@pytest.mark.parametrize("line, word", WRONG, ids=[line.strip() for line, _ in WRONG])
+def test_a_wrong_command_ends_with_one_line_and_status_2(line, word, places, capsys):
+    names = {"d": places, "tiny": HERE / "tiny", "long": "x" * 300}
+    args = [a.encode().decode("unicode_escape") if "\\" in a else a for a in shlex.split(line.format(**names), posix=True)]
+    status, out, err = cli(capsys, "--model", places / "good", *args)
+    assert (status, out, err.count("\n")) == (2, "", 1) and err.startswith("lorc: ") and word.format(**names) in err
+
+
+def test_the_table_of_wrong_commands_is_as_long_as_promised():
+    assert len(WRONG) >= 60
+
+
+# Full disks, closed pipes, Ctrl-C --------------------------------------------------------- by hand ---
+
+def test_a_save_that_fails_leaves_what_was_there(places, tmp_path, capsys, monkeypatch):
+    """A limit of 1,000 bytes a file stands for a full disk; then a folder that may not be written; then no rename."""
+    save = ["--model", places / "good", "--save", tmp_path / "b"]
+    path = tmp_path / "b" / "bases.safetensors"
+    assert cli(capsys, *save)[0] == 0
+    before = path.read_bytes()
+    umask = os.umask(0o027)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+    def fails(word):
+        status, out, err = cli(capsys, *save, "--d-min", 3)
+        assert (status, out, err.count("\n")) == (2, "", 1) and word in err
+        assert [f.name for f in path.parent.iterdir()] == [path.name] and path.read_bytes() == before
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        fails("File too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    def refuse(*args):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    monkeypatch.setattr(os, "replace", refuse)
+    fails("Read-only file system")
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    fails("Read-only file system")
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start lorc.py on a small model without an end token; what still runs after the test is killed."""
+    raw = {k: v for k, v in RAW.items() if k != "eos_token_id"} | {"max_position_embeddings": 10**5}
+    folder, running = write_checkpoint(tmp_path, raw), []
+
+    def run(*args, stdout=subprocess.PIPE):
+        command = [sys.executable, str(HERE / "lorc.py"), "--model", str(folder), "--prompt", "w1", *args]
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}      # as users have it
+        running.append(subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, bufsize=0, env=env))
+        return running[-1]
+    yield run
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def test_ctrl_c_a_closed_pipe_and_a_full_disk_end_without_a_traceback(start):
+    """130 with the text so far and the report; 141 after `| head -c 1`; 2 with one line when standard output is full."""
+    stopped, closed = start("--max-new-tokens", "100000", "--cache", "bibranch"), start("--json")
+    with open("/dev/full", "w") as full:
+        disk = start("--json", stdout=full)
+    closed.stdout.close()
+    text = stopped.stdout.read(1)
+    stopped.send_signal(signal.SIGINT)
+    out, err = stopped.communicate(timeout=60)
+    assert stopped.returncode == 130 and text == b" " and out.endswith(b"\n") and b"Traceback" not in err
+    said = int(re.search(rb"(\d+) tokens; seconds", err)[1])            # the last may be cut off before its text
+    assert b"bibranch cache: " in err and b"\ninterrupted\n" in err and said - len(out.split()) in (0, 1)
+    for process, status, last in ((closed, 141, b""), (disk, 2, b"No space left on device\n")):
+        err = process.stderr.read()
+        assert process.wait(timeout=60) == status and err.endswith(last) and err.count(b"\n") == bool(last), err
+
+
+@pytest.mark.parametrize("error, word", [
+    (MemoryError(), "not enough memory"), (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
+    (OSError(errno.ENOSPC, "No space left on device"), "No space left"), (KeyboardInterrupt(), 130), (BrokenPipeError(), 141)])
+def test_what_ends_a_command_is_told_in_a_line(error, word, capsys, monkeypatch):
+    def fail(args):
+        raise error
+    monkeypatch.setattr(lorc, "run", fail)
+    status, out, err = cli(capsys, "--prompt", "w1")
+    assert (status, err) == (word, "") if isinstance(word, int) else status == 2 and word in err and err.count("\n") == 1
+    monkeypatch.setattr(lorc, "run", lambda args: [][0])
+    with pytest.raises(IndexError):                             # a fault of ours is not hidden
+        lorc.main(["--prompt", "w1"])
+
+
+def test_a_dtype_that_the_device_lacks_ends_with_one_line(capsys, monkeypatch):
+    def lacks(*shape, dtype=None, device=None):
+        raise RuntimeError("BFloat16 is not supported")
+    monkeypatch.setattr(torch, "ones", lacks)
+    status, out, err = cli(capsys, "--prompt", "w1", "--dtype", "bfloat16")
+    assert status == 2 and "--device cpu cannot be used with bfloat16; here: cpu" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("args, word", [
-    (["--kept", "0"], "--kept"), (["--kept", "1.5"], "--kept"), (["--kept", "nan"], "--kept"), (["--bits", "3"], "--bits"),
-    (["--window", "-1"], "--window"), (["--kept", "0.5", "--d-min", "3"], "not allowed with"), (["--plan"], "not allowed with"),
-    (["--d-min", "9999"], "KV width"), (["--bits", "4"], "leave out --bits"), (["--context", "9"], "leave out --context"),
-    (["--cache", "full", "--kept", "0.5"], "leave out --kept"), (["--bases", "x", "--threshold", "0"], "leave out --threshold"),
-    (["--calibrate", __file__, "--sinks", "9999"], "calibrating needs"), (["--device", "meta"], "meta"),
-    (["--basis", "whitened"], "--calibrate"), (["--basis", "svd", "--calibrate", "x"], "leave out"),
-    (["--bases", "x", "--kept", "0.5"], "--kept"), (["--threshold", "nan"], "--threshold"), (["--cache", "half"], "--cache"),
-    (["--calibrate", "/nowhere"], "/nowhere"), (["--device", "abacus"], "abacus"), (["--bases", "/nowhere"], "/nowhere"),
-    (["--kept", "0.05"], "cannot be reached"), (["--chat"], "chat template"), (["--model", "/nowhere"], "/nowhere"),
-    (["--seed", "x"], "--seed"), (["--temperature", "-1"], "--temperature"), (["--top-p", "2"], "--top-p"),
-])
-def test_a_wrong_flag_ends_with_one_line_and_status_2(args, word, capsys):
-    status, out, err = cli(capsys, "--prompt", "Once", *args)
-    assert status == 2 and out == "" and word in err and err.count("\n") == 1
+    (["--kept", "2"], "--kept: should be a fraction in [0.01, 0.99], not '2'"), (["--model", "/nowhere"], "/nowhere is not a folder"),
+    (["--prompt", "bird " * 600], "tokens; give 1 to 511"), (["--mod", "x"], "unrecognized arguments")])
+def test_theory_answers_a_wrong_command_in_its_own_name(args, word, capsys):
+    try:
+        status = theory.main(args)
+    except SystemExit as e:
+        status = e.code
+    out, err = capsys.readouterr()
+    assert (status, out, err.count("\n")) == (2, "", 1) and err.startswith("theory: ") and word in err
 
 
 def test_a_prompt_that_is_empty_or_too_long_ends_with_one_line(capsys, tmp_path):

@@ -237,28 +237,27 @@ def square_net(llama):
 
 def main(argv=None):
     p = lorc.Parser(
-        prog="theory.py", description="Bound against measured error on a checkpoint's own activations.")
+        prog="theory.py", allow_abbrev=False,
+        description="Bound against measured error on a checkpoint's own activations.")
     p.add_argument("--model", default=str(model.Path(__file__).resolve().parent / "tiny"))
     p.add_argument("--kept", type=lorc.within(float, 0.01, 0.99, "fraction in [0.01, 0.99]"), default=0.6)
     p.add_argument("--prompt", default="Once upon a time",
                    help="The model goes on from here, and its text is measured.")
     args = p.parse_args(argv)
-    try:
-        folder = model.find_model(args.model)
-        llama = model.load(folder, torch.float32)
-        with torch.inference_mode():
-            tokens = own_text(llama, model.Tokenizer(folder, llama.config).encode(args.prompt))
-            print("measured / bound           Thm. 1        in the mean  attention        Eq. 19")
-            print("layer  d_c    worst K  worst V        V (equal)   worst  median    K      V")
-            for i, d_c, k, v, mean, worst, median, fk, fv in table(llama, tokens, args.kept):
-                print(f"{i:5d} {d_c:4d}   {k:8.3f} {v:8.3f} {mean:16.6f} "
-                      f"{worst:7.3f} {median:7.4f}  {fk:5.3f}  {fv:5.3f}")
-            print_network(square_net(llama), args.kept)
-    except KeyboardInterrupt:
-        return 130
-    except model.UserError as e:
-        print("theory:", " ".join(str(e).split()), file=sys.stderr)
-        return 2
+    return lorc.answer("theory", lambda: run(args))
+
+
+def run(args):
+    """Print the table of layers and Thm. 3 on the checkpoint's own matrices. Returns the status."""
+    folder = model.find_model(args.model)
+    llama = model.load(folder, torch.float32)
+    tokens = own_text(llama, model.Tokenizer(folder, llama.config).encode(args.prompt))
+    print("measured / bound           Thm. 1        in the mean  attention        Eq. 19")
+    print("layer  d_c    worst K  worst V        V (equal)   worst  median    K      V")
+    for i, d_c, k, v, mean, worst, median, fk, fv in table(llama, tokens, args.kept):
+        print(f"{i:5d} {d_c:4d}   {k:8.3f} {v:8.3f} {mean:16.6f} "
+              f"{worst:7.3f} {median:7.4f}  {fk:5.3f}  {fv:5.3f}")
+    print_network(square_net(llama), args.kept)
     return 0
 
 
