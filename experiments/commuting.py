@@ -1,8 +1,8 @@
 """App. C, made possible: keys in a basis that commutes with RoPE against the joint basis.
 
-Both calibrated, bi-branch, at equal bytes. A commuting basis mixes heads at one frequency only, so it
-needs more numbers for the same keys; its cached keys need no rebuilding (experiments/bench.py times
-that). Each budget at several splits between keys and values; the picture shows each basis's best.
+Both calibrated, bi-branch, at equal bytes. A commuting basis mixes heads at one frequency only, so
+it needs more numbers for the same keys; its cached keys need no rebuilding (experiments/bench.py
+times that). Each budget at several splits between keys and values; drawn is each basis's best.
 
     python experiments/commuting.py --model PATH --text FILE --calibrate OTHER_FILE
 """

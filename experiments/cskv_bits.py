@@ -1,9 +1,9 @@
 """CSKV, four bits: rounding after training (PTQ) against training with rounding in the loop (QAT).
 
-The paper (its Table 5): 4 bits on top of 80 % saved need QAT (.90 of accuracy); PTQ gives 0. Here the
-perplexity of the closed form's latents with no rounding, with ours and with the published one, whose
-zero point is clamped [E31], none of them trained. The second picture is from `cskv_finetune.py`: the
-loss of held-out keys and values of four layers, rounded, and trained with rounding in the loop.
+The paper (its Table 5): 4 bits on top of 80 % saved need QAT (.90 of accuracy); PTQ gives 0. Here
+the perplexity of the closed form's latents with no rounding, with ours and with the published one,
+whose zero point is clamped [E31], none of them trained. The second picture is `cskv_finetune.py`'s:
+the error of held-out keys and values of four layers, rounded and trained with rounding.
 
     python experiments/cskv_bits.py --model PATH --text FILE --calibrate OTHER_FILE
 """
@@ -42,10 +42,12 @@ def qat():
     losses = {"not rounded": bits["not rounded"], "ours, rounded": bits["ours"]["rounded"],
               "published, rounded (PTQ)": bits["published"]["rounded"],
               "published, trained (QAT)": bits["published"]["trained"]}
-    fig, axes = shared.pyplot().subplots(1, 2, figsize=(5.6, 2.6), sharey=True, layout="constrained")
+    fig, axes = shared.pyplot().subplots(1, 2, figsize=(5.6, 2.6), sharey=True,
+                                         layout="constrained")
     for i, (ax, of) in enumerate(zip(axes, ("keys", "values"))):
         shared.lines(ax, [{"label": label, "layer": n, "loss": loss[n][i] ** 0.5}
-                          for label, loss in losses.items() for n in range(len(loss))], "layer", "loss")
+                          for label, loss in losses.items() for n in range(len(loss))],
+                     "layer", "loss")
         ax.set(title=of, xlabel="layer", yscale="log",
                xticks=range(len(run["layers"])), xticklabels=run["layers"])
         shared.plain_numbers(ax.yaxis)

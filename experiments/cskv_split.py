@@ -21,7 +21,7 @@ def measure(study):
 
 
 def plot(found):
-    fig, axes = shared.panels(found, "part of the width moved from keys to values", "perplexity")
+    fig, axes = shared.panels(found, "part of the width, keys to values", "perplexity")
     for ax, result in zip(axes[0], found.values()):
         shared.scores(ax, result["rows"], "split")
     shared.legend(fig, axes[0, -1])

@@ -1,8 +1,8 @@
 """CSKV, the window: how many of the newest tokens stay exact.
 
-The paper (its Table 3, 80 % saved): accuracy .77 with a window of 2, .92 with 32, .96 with 4,096; it
-says that the gain flattens after about 128. Here at kept 0.2 with ASVD's basis, where CSKV starts, and
-the closed form, where its training ends; a window as long as the text is the full cache.
+The paper (its Table 3, 80 % saved): accuracy .77 with a window of 2, .92 with 32, .96 with 4,096;
+it says that the gain flattens after about 128. Here at kept 0.2 with ASVD's basis, where CSKV
+starts, and the closed form, where its training ends. A window as long as the text is a full cache.
 
     python experiments/cskv_window.py --model PATH --text FILE --calibrate OTHER_FILE
 """

@@ -1,8 +1,8 @@
 """README's first picture: what each method costs in perplexity, against the bytes its cache holds.
 
-Bytes are the buffers' for one window of text: latents, 4-bit codes with their minimum and step, exact
-sinks and window. Trained factors are those of `distill.py`, whose results/distill-*.json hold their
-ranks and their perplexity on the same text; only their bytes are computed here.
+Bytes are the buffers' for one window of text: latents, 4-bit codes with their minimum and step,
+exact sinks and window. Trained factors are those of `distill.py`, whose results/distill-*.json hold
+their ranks and their perplexity on the same text; only their bytes are computed here.
 
     python experiments/front.py --model PATH --text FILE --calibrate OTHER_FILE
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import study as shared
 
+FLOOR = 0.1                # percent; what adds less is drawn here
 KEPT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 METHODS = {
     "LoRC, uniform": {},
@@ -32,10 +33,10 @@ def trained(study):
     for path in sorted((shared.HERE / "results").glob("distill-*.json")):
         run = json.loads(path.read_text())
         scores = run["perplexity"].get(Path(study.args.text).name)
-        if not scores or len(run["ranks"]) != study.config.layers or len(study.text) != scores["tokens"]:
+        ranks = [tuple(pair) for pair in run["ranks"]]
+        if not scores or (len(ranks), scores["tokens"]) != (study.config.layers, len(study.text)):
             continue
         for bits, key in ((16, "after"), (4, "after, 4 bits")):
-            ranks = [tuple(pair) for pair in run["ranks"]]
             rows.append({"label": "trained" + ", 4 bits" * (bits == 4), "kept": run["kept"],
                          "cache": "bibranch", "bits": bits, "perplexity": scores[key],
                          "from": path.name} | study.bytes("bibranch", ranks, bits=bits))
@@ -43,18 +44,18 @@ def trained(study):
 
 
 def plot(found):
-    """Of the largest model: the perplexity added, in percent, against the bytes in percent of full."""
+    """Of the largest model: perplexity above the full cache's against bytes, both in percent."""
     (name, result), = list(found.items())[-1:]
     full, rows = shared.split_full(result["rows"])
-    fig, ax = shared.pyplot().subplots(figsize=(6, 3.6), layout="constrained")
-    shared.lines(ax, [row for row in rows if row["perplexity"] > full["perplexity"]],
-                 lambda row: 100 * row["bytes"] / row["full_bytes"],
-                 lambda row: 100 * (row["perplexity"] / full["perplexity"] - 1))
-    ax.set(yscale="log", xlim=(0, 100), xlabel="bytes of the cache, % of the full one",
-           ylabel="perplexity added to the full cache's, %",
-           title=f"{name}, {result['text']}, full {full['perplexity']:.2f}")
+    fig, ax = shared.pyplot().subplots(figsize=(7, 3.4), layout="constrained")
+    shared.lines(ax, rows, lambda row: 100 * row["bytes"] / row["full_bytes"],
+                 lambda row: max(FLOOR, 100 * (row["perplexity"] / full["perplexity"] - 1)))
+    ax.set(yscale="log", xlim=(0, 100), ylim=(0.8 * FLOOR, None),
+           xlabel="bytes of the cache (% of the full cache's)",
+           ylabel="perplexity above the full cache's (%)",
+           title=f"{name} on {result['text']}; full cache: {full['perplexity']:.2f}")
     shared.plain_numbers(ax.yaxis)
-    ax.legend()
+    fig.legend(loc="outside right center", labelspacing=1.2)
     yield "front", fig
 
 

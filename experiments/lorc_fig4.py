@@ -3,7 +3,7 @@
 The paper measures that of the weights, Eq. 19, and finds it similar in all layers, lower in shallow
 ones. What the cache loses is another thing: ||k - k~|| / ||k|| over real activations, of text that
 was not calibrated on. Here both, Theorem 1's bound on the second (sigma_{d_c+1} ||x|| / ||k||), and
-what the calibrated basis loses. All are root mean squares, exact from the second moment of the inputs.
+what the calibrated basis loses. All are root mean squares, exact from the inputs' second moment.
 
     python experiments/lorc_fig4.py --model PATH --text FILE --calibrate OTHER_FILE
 """
@@ -31,11 +31,11 @@ def errors(W, C, d_c, lam, U, U_calibrated):
 def measure(study):
     rows, d_c = [], round(KEPT * study.config.kv_width)
     for layer, C in enumerate(study.moments("whitened", held_out=True)):
-        for which, W, (lam, U), (_, best) in zip("KV", study.weights[layer], study.spectra("svd")[layer],
-                                                 study.spectra("whitened")[layer]):
+        plain, calibrated = study.spectra("svd")[layer], study.spectra("whitened")[layer]
+        for which, W, (lam, U), (_, best) in zip("KV", study.weights[layer], plain, calibrated):
             rows.append({"layer": layer, "of": which, "d_c": d_c} | errors(W, C, d_c, lam, U, best))
-        study.say(f"layer {layer}: " + "  ".join(
-            f"{r['of']} weights {r['weights']:.3f} activations {r['activations']:.3f}" for r in rows[-2:]))
+            study.say(f"layer {layer} {which}: weights {rows[-1]['weights']:.3f}  "
+                      f"activations {rows[-1]['activations']:.3f}")
     return rows
 
 

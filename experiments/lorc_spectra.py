@@ -1,12 +1,13 @@
 """LoRC, Sec. 4.1 and App. B: are the matrices low-rank? And Eqs. 10, 12, 13: kappa and kappa~.
 
-The paper says that key and value weights are low-rank, and that ln kappa~, which falls with depth by
-construction, tells which layers are sensitive. Here the singular values of the weights, those of the
-keys and values themselves (roots of the eigenvalues of W E[x x^T] W^T), and each layer's kappa.
+The paper says that key and value weights are low-rank, and that ln kappa~, which falls with depth
+by construction, tells which layers are sensitive. Here the singular values of the weights, those of
+the keys and values themselves (roots of the eigenvalues of W E[x x^T] W^T), and each layer's kappa.
 
     python experiments/lorc_spectra.py --model PATH --text FILE --calibrate OTHER_FILE
 """
 import sys
+from statistics import median
 
 import study as shared
 from study import lorc
@@ -37,27 +38,28 @@ def plot(found):
 
 
 def spectra(found):
-    """All layers' spectra, shallow ones dark."""
-    fig, axes = shared.panels(found, "index / width", "", rows=2, height=2.1, sharey="row")
-    names = {("weights", "k"): "Wk", ("weights", "v"): "Wv", ("activations", "k"): "keys",
-             ("activations", "v"): "values"}
+    """The median of all layers, their range as a band, and layer 0 for itself."""
+    fig, axes = shared.panels(found, "index i / width", "", rows=2, height=2.1, sharey="row")
     for i, of in enumerate(KINDS.values()):
         axes[i, 0].set_ylabel(rf"$\sigma_i / \sigma_1$ of {of}")
         for ax, result in zip(axes[i], found.values()):
-            for kind, dashes, color in (("k", "-", "#1f5fa8"), ("v", "--", "#d95f02")):
-                for row in result["rows"]:
-                    depth = row["layer"] / max(1, len(result["rows"]) - 1)
-                    ax.plot(row["at"], row[f"{of}_{kind}"], dashes, color=color, linewidth=0.9,
-                            alpha=1 - 0.75 * depth, label=names[of, kind] if depth == 0 else None)
+            for kind, name, color in (("k", "keys", "#1f5fa8"), ("v", "values", "#d95f02")):
+                at, every = result["rows"][0]["at"], [row[f"{of}_{kind}"] for row in result["rows"]]
+                low, middle, high = ([f(xs) for xs in zip(*every)] for f in (min, median, max))
+                ax.fill_between(at, low, high, color=color, alpha=0.2, linewidth=0)
+                dashes = "-" if kind == "k" else "--"
+                ax.plot(at, middle, dashes, color=color, label=f"{name}, median layer")
+                ax.plot(at, every[0], dashes, color=color, linewidth=0.7, marker=".", markevery=4,
+                        label=f"{name}, layer 0")
             ax.set_yscale("log")
             shared.plain_numbers(ax.yaxis)
-        axes[i, -1].legend(title="shallow dark, deep pale", title_fontsize=6.5)
+    shared.legend(fig, axes[0, -1])
     return fig
 
 
 def kappa(found):
     """ln kappa of each layer, and their sums from the layer on."""
-    fig, axes = shared.panels(found, "layer", "natural logarithm")
+    fig, axes = shared.panels(found, "layer", "ln of a condition number")
     for ax, result in zip(axes[0], found.values()):
         shared.lines(ax, [{"label": label, "layer": row["layer"], "y": row[key]}
                           for key, label in (("log_kappa_tilde", r"ln $\tilde\kappa_l$, Eq. 12"),

@@ -1,9 +1,9 @@
 """LoRC, Table 1 and Fig. 3: one layer compressed at a time, and the shallow block.
 
 The paper, Fig. 3 (d_c of 256, 384, 512 of 1024, LLaMA-3-8B): shallow layers suffer most, those of
-the deeper half hardly at all. Table 1 (half of the dimension): layer 0 alone costs up to 10.8 points
-of accuracy and the first eighth of the layers up to 68, while all layers at 60 % by Eq. 13 cost at
-most 0.6. The last eighth at the same ratio is measured beside it: without it nothing says "shallow".
+the deeper half hardly at all. Table 1 (half of the dimension): layer 0 alone costs up to 10.8
+points of accuracy and the first eighth of the layers up to 68, while all layers at 60 % by Eq. 13
+cost at most 0.6. The last eighth is measured beside it: without it nothing says "shallow".
 
     python experiments/lorc_table1_fig3.py --model PATH --text FILE --calibrate OTHER_FILE
 """
@@ -11,6 +11,7 @@ import sys
 
 import study as shared
 
+FLOOR = 0.1            # percent; what adds less is drawn here
 RATIOS = (0.25, 0.375, 0.5)
 BASES = {"as printed": "svd", "calibrated": "whitened"}
 
@@ -33,12 +34,15 @@ def measure(study):
 
 
 def plot(found):
-    fig, axes = shared.panels(found, "the only compressed layer", "perplexity")
+    fig, axes = shared.panels(found, "the only compressed layer", "perplexity above full (%)")
     for ax, result in zip(axes[0], found.values()):
         full, rows = shared.split_full(result["rows"])
         alone = [row | {"label": f"{row['wanted']:g} kept, {row['name']}"} for row in rows
                  if " of layer " in row["label"]]
-        shared.scores(ax, [full, *alone], lambda row: row["layers"][0])
+        shared.lines(ax, alone, lambda row: row["layers"][0], lambda row: max(
+            FLOOR, 100 * (row["perplexity"] / full["perplexity"] - 1)))
+        ax.set(yscale="log", ylim=(0.8 * FLOOR, None))
+        shared.plain_numbers(ax.yaxis)
     shared.legend(fig, axes[0, -1], 5)
     yield "lorc_fig3", fig
     yield "lorc_table1", shared.markdown(["", "kept there", *found], list(table(found)))

@@ -1,10 +1,10 @@
 """LoRC, Tables 2 and 3: shapes, and the bytes of the cache by formula and as buffers.
 
-The paper, at batch 64 and length 2,048: 50, 8 and 20 GB full; 27.5, 4.8 and 11 GB with dim_c of 2048,
-512 and 512. Those are of keys or of values alone [E14], and not of Eq. 13: some layers are whole and
-the others flat at dim_c [E16]. Here the caches themselves are made, of keys and values in 16 bits, on
-torch's meta device (shapes without memory), for the paper's three models and the one at hand, which
-keeps 0.6. What a GPU needs in all is `memory.py`'s.
+The paper, at batch 64 and length 2,048: 50, 8 and 20 GB full; 27.5, 4.8 and 11 GB with dim_c of
+2048, 512 and 512. Those are of keys or of values alone [E14], and not of Eq. 13: some layers are
+whole and the others flat at dim_c [E16]. Here the caches themselves are made, of keys and values in
+16 bits, on torch's meta device (shapes without memory), for the paper's three models and the one at
+hand, which keeps 0.6. What a GPU needs in all is `memory.py`'s.
 
     python experiments/lorc_tables2_3.py --model PATH --text FILE --calibrate OTHER_FILE
 """
@@ -24,8 +24,9 @@ def row(name, shape, dim_c, whole):
     """Eq. 4 for keys alone, and the buffers of `whole` full layers and the others at dim_c."""
     layers, heads, kv_heads, head_dim, width = shape
     llama = shared.shape_only(model.Config(          # its MLP and vocabulary do not matter here
-        vocab=8, width=width, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim, mlp=8,
-        context=LENGTH, eps=1e-5, tied=True, rope={"rope_type": "default", "rope_theta": 1e4}))
+        vocab=8, width=width, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        mlp=8, context=LENGTH, eps=1e-5, tied=True,
+        rope={"rope_type": "default", "rope_theta": 1e4}))
     d_max = kv_heads * head_dim
     ranks = [(d_max, d_max)] * whole + [(dim_c, dim_c)] * (layers - whole)
     full, ours = (shared.held(llama, kind, ranks, LENGTH, BATCH) for kind in ("full", "compressed"))
@@ -48,8 +49,8 @@ def plot(found):
               *(f"{x / GIB:.4g}" for x in (r["eq_4"], r["full_bytes"], r["bytes"])),
               f"{r['bytes'] / r['full_bytes']:.1%}"] for r in rows]
     yield "lorc_tables2_3", shared.markdown(
-        ["model", "layers", "heads", "KV heads", "d", "D", "Wk", "d_c", "paper: full", "paper: LoRC",
-         "Eq. 4, K alone", "buffers: full", "buffers: LoRC", "kept"], lines)
+        ["model", "layers", "heads", "KV heads", "d", "D", "Wk", "d_c", "paper: full",
+         "paper: LoRC", "Eq. 4, K alone", "buffers: full", "buffers: LoRC", "kept"], lines)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ HERE = Path(__file__).resolve().parent
 def provenance(device, commit=None):
     """Device, versions, commit and command of this run. commit: where git is not at hand."""
     name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
-    words = [Path(w).name if Path(w).is_absolute() else w for before, w in zip(["", *sys.argv], sys.argv)
-             if not {before, w} & {"--out", "--commit"}]           # where it went is not what it was
+    words = [Path(w).name if Path(w).is_absolute() else w
+             for before, w in zip(["", *sys.argv], sys.argv)
+             if not {before, w} & {"--out", "--commit"}]      # where it went is not what it was
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True)
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "python": platform.python_version(), "commit": commit or git.stdout.strip() or "unknown",
+            "python": platform.python_version(),
+            "commit": commit or git.stdout.strip() or "unknown",
             "command": shlex.join(["python", *words])}
 
 

@@ -9,8 +9,8 @@ given {model: result} of all models measured so far and yields (name, figure or 
 
 Scores are perplexities over the first --tokens tokens of --text in windows of min(1024, context),
 in float32, every query seeing what a token-by-token run would show it (`strict` in cache.py).
-Bytes are those of the buffers for one such window in a 16-bit model, the papers' measure: 4-bit codes
-would look twice as good beside float32. Nothing here needs matplotlib until it draws.
+Bytes are those of the buffers for one such window in a 16-bit model, the papers' measure: 4-bit
+codes would look twice as good beside float32. Nothing here needs matplotlib until it draws.
 """
 import argparse
 import functools
@@ -47,9 +47,11 @@ def held(llama, kind, ranks, capacity, B=1, **bibranch):
     d_max = llama.config.kv_width
 
     def basis(d_c):
-        return Basis(*(llama.embed.weight.new_empty(shape) for shape in ((d_c, d_max), (d_max, d_c))))
+        new = llama.embed.weight.new_empty
+        return Basis(new((d_c, d_max)), new((d_max, d_c)))
     bases = [None if pair == (d_max, d_max) else tuple(map(basis, pair)) for pair in ranks]
-    return sum(cache.nbytes for cache in lorc.new_caches(llama, kind, capacity, bases, B, **bibranch))
+    caches = lorc.new_caches(llama, kind, capacity, bases, B, **bibranch)
+    return sum(cache.nbytes for cache in caches)
 
 
 # Measuring ---------------------------------------------------------------------------------------
@@ -103,12 +105,12 @@ class Study:
         log_tilde = lorc.log_kappa_tilde([k + v for k, v in self.log_kappas()])
 
         def ranks_of(d_min):
-            return lorc.ranks(log_tilde, [i < skip for i in range(L)], d_max, d_min, schedule, split,
-                              pairs)
+            return lorc.ranks(log_tilde, [i < skip for i in range(L)], d_max, d_min, schedule,
+                              split, pairs)
         return ranks_of(lorc.solve_d_min(kept, ranks_of, d_max))
 
     def bases(self, ranks, basis):
-        """Bases of these ranks for lorc.new_caches; `random` is CSKV's start, up and down unrelated."""
+        """Bases of these ranks, for lorc.new_caches. `random` is CSKV's: up and down unrelated."""
         d_max, generator = self.config.kv_width, torch.Generator().manual_seed(0)
 
         def cut(d_c, layer, i):
@@ -193,7 +195,8 @@ class Study:
 def save(path, result):
     """Write a result as JSON, one row a line."""
     rows = ",\n".join("  " + json.dumps(row) for row in result["rows"])
-    head = ",\n".join(f" {json.dumps(k)}: {json.dumps(v)}" for k, v in result.items() if k != "rows")
+    about = {k: v for k, v in result.items() if k != "rows"}
+    head = json.dumps(about, indent=1)[2:-2]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{{\n{head},\n \"rows\": [\n{rows}\n ]\n}}\n")
 
@@ -226,14 +229,16 @@ def draw(script, args):
 
 
 def command_line(about):
-    p = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=about,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--model", default=str(HERE.parent / "tiny"), help="Folder of the model. Default: tiny/.")
     add("--text", metavar="FILE", help="Text to score.")
-    add("--calibrate", metavar="FILE", help=f"Another text; its first {CALIBRATION} tokens are used.")
+    add("--calibrate", metavar="FILE", help=f"Another text; {CALIBRATION} tokens of it are used.")
     add("--tokens", type=int, default=2**14, metavar="N", help="Tokens to score. Default: 16384.")
     add("--out", type=Path, default=HERE / "results", metavar="DIR", help="Default: results/ here.")
-    add("--figures", type=Path, default=HERE / "figures", metavar="DIR", help="Default: figures/ here.")
+    add("--figures", type=Path, default=HERE / "figures", metavar="DIR",
+        help="Default: figures/ here.")
     add("--plot-only", action="store_true", help="Measure nothing; draw from the files in --out.")
     add("--measure-only", action="store_true", help="Draw nothing: no matplotlib is needed.")
     add("--device", help="cpu or cuda. Default: cuda where there is one.")
@@ -265,9 +270,9 @@ def main(*scripts, argv=None):
 # Drawing -----------------------------------------------------------------------------------------
 
 # Told apart in grey, too: each has its own marker and dashes
-LOOKS = [("#111111", "o", "-"), ("#d95f02", "s", "--"), ("#1f5fa8", "^", "-."), ("#4dac8f", "D", ":"),
-         ("#b03a8c", "v", (0, (5, 1, 1, 1, 1, 1))), ("#8a6d1f", "P", (0, (1, 1))),
-         ("#777777", "X", (0, (7, 2)))]
+LOOKS = [("#111111", "o", "-"), ("#d95f02", "s", "--"), ("#1f5fa8", "^", "-."),
+         ("#4dac8f", "D", ":"), ("#b03a8c", "v", (0, (5, 1, 1, 1, 1, 1))),
+         ("#8a6d1f", "P", (0, (1, 1))), ("#777777", "X", (0, (7, 2)))]
 
 
 def pyplot():
@@ -279,7 +284,7 @@ def pyplot():
         "font.size": 8, "axes.titlesize": 8.5, "legend.fontsize": 7, "axes.grid": True,
         "grid.alpha": 0.25, "grid.linewidth": 0.5, "axes.spines.top": False,
         "axes.spines.right": False, "lines.linewidth": 1.3, "lines.markersize": 3.8,
-        "savefig.dpi": 170, "legend.frameon": False, "axes.axisbelow": True})
+        "savefig.dpi": 135, "legend.frameon": False, "axes.axisbelow": True})
     return plt
 
 
@@ -289,7 +294,7 @@ def panels(found, xlabel, ylabel, rows=1, sharey=False, height=2.4):
     fig, axes = pyplot().subplots(rows, n, figsize=(0.6 + 2.5 * n, 0.5 + height * rows),
                                   squeeze=False, sharey=sharey, layout="constrained")
     for ax, (name, r) in zip(axes[0], found.items()):
-        ax.set_title(f"{name} ({r['layers']} layers, {r['kv_heads']} KV of {r['heads']} heads)")
+        ax.set_title(f"{name}\n{r['layers']} layers, {r['kv_heads']} KV of {r['heads']} heads")
     for ax in axes[-1]:
         ax.set_xlabel(xlabel)
     for ax in axes[:, 0]:
@@ -323,8 +328,8 @@ def split_full(rows):
 def scores(ax, rows, x, pairs=False):
     """Perplexity, on a logarithmic axis, against x; the full cache's as a grey line across."""
     full, others = split_full(rows)
-    ax.axhline(full["perplexity"], color="0.6", linewidth=2.5, zorder=0, label="full cache")
     lines(ax, others, x, "perplexity", pairs)
+    ax.axhline(full["perplexity"], color="0.6", linewidth=2.5, zorder=0, label="full cache")
     ax.set_yscale("log")
     plain_numbers(ax.yaxis)
 
@@ -335,8 +340,9 @@ def plain_numbers(axis):
     axis.axes.autoscale_view()
     low, high = axis.get_view_interval()
     subs = (1,) if high > 300 * low else (1, 3) if high > 30 * low else (1, 2, 5)
-    axis.set_major_locator(MaxNLocator(5) if high < 4 * low else LogLocator(subs=subs, numticks=20))
-    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.6g}"))
+    axis.set_major_locator(MaxNLocator(5, steps=(1, 2, 5, 10)) if high < 4 * low
+                           else LogLocator(subs=subs, numticks=20))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.7g}"))
     axis.set_minor_formatter(NullFormatter())
 
 

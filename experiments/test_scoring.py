@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import scoring
+from agreement import agreement
 from scoring import lorc
 
 model, CONTEXT = lorc.model, 40
@@ -97,3 +98,9 @@ def test_batches_hold_every_text_once_and_fit_the_budget(lengths, budget):
     assert sorted(map(len, sum(parts, []))) == sorted(lengths)
     assert all(len(part) == 1 or len(part) * max(map(len, part)) <= budget for part in parts)
     assert all(len(a) > 0 and len(a[-1]) >= len(b[0]) for a, b in zip(parts, parts[1:]))
+
+
+def test_agreement_by_hand():
+    """6 of 8 alike; 5 and 3, 5 and 3 would give (25 + 9) / 8 = 4.25 by chance: kappa 1.75 / 3.75."""
+    assert agreement("11111000", "11110001") == (0.75, 1.75 / 3.75)
+    assert agreement("0123", "0123") == (1, 1)
