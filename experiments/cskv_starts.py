@@ -24,9 +24,10 @@ def measure(study):
 
 
 def plot(found):
-    fig, axes = shared.panels(found, "fraction of the numbers kept", "perplexity before training")
+    fig, axes = shared.panels(found, "fraction of the numbers kept",
+                              "perplexity above full (%), untrained")
     for ax, result in zip(axes[0], found.values()):
-        shared.scores(ax, result["rows"], "kept")
+        shared.losses(ax, result["rows"], "kept")
     shared.legend(fig, axes[0, -1])
     yield "cskv_starts", fig
     yield "cskv_curves", curves()

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import study as shared
 
-FLOOR = 0.1                # percent; what adds less is drawn here
 KEPT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 METHODS = {
     "LoRC, uniform": {},
@@ -46,15 +45,12 @@ def trained(study):
 def plot(found):
     """Of the largest model: perplexity above the full cache's against bytes, both in percent."""
     (name, result), = list(found.items())[-1:]
-    full, rows = shared.split_full(result["rows"])
+    full, _ = shared.split_full(result["rows"])
     fig, ax = shared.pyplot().subplots(figsize=(7, 3.4), layout="constrained")
-    shared.lines(ax, rows, lambda row: 100 * row["bytes"] / row["full_bytes"],
-                 lambda row: max(FLOOR, 100 * (row["perplexity"] / full["perplexity"] - 1)))
-    ax.set(yscale="log", xlim=(0, 100), ylim=(0.8 * FLOOR, None),
-           xlabel="bytes of the cache (% of the full cache's)",
+    shared.losses(ax, result["rows"], lambda row: 100 * row["bytes"] / row["full_bytes"])
+    ax.set(xlim=(0, 100), xlabel="bytes of the cache (% of the full cache's)",
            ylabel="perplexity above the full cache's (%)",
            title=f"{name} on {result['text']}; full cache: {full['perplexity']:.2f}")
-    shared.plain_numbers(ax.yaxis)
     fig.legend(loc="outside right center", labelspacing=1.2)
     yield "front", fig
 

@@ -11,7 +11,6 @@ import sys
 
 import study as shared
 
-FLOOR = 0.1            # percent; what adds less is drawn here
 RATIOS = (0.25, 0.375, 0.5)
 BASES = {"as printed": "svd", "calibrated": "whitened"}
 
@@ -39,10 +38,7 @@ def plot(found):
         full, rows = shared.split_full(result["rows"])
         alone = [row | {"label": f"{row['wanted']:g} kept, {row['name']}"} for row in rows
                  if " of layer " in row["label"]]
-        shared.lines(ax, alone, lambda row: row["layers"][0], lambda row: max(
-            FLOOR, 100 * (row["perplexity"] / full["perplexity"] - 1)))
-        ax.set(yscale="log", ylim=(0.8 * FLOOR, None))
-        shared.plain_numbers(ax.yaxis)
+        shared.losses(ax, [full, *alone], lambda row: row["layers"][0])
     shared.legend(fig, axes[0, -1], 5)
     yield "lorc_fig3", fig
     yield "lorc_table1", shared.markdown(["", "kept there", *found], list(table(found)))

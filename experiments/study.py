@@ -269,6 +269,8 @@ def main(*scripts, argv=None):
 
 # Drawing -----------------------------------------------------------------------------------------
 
+FLOOR = 0.1     # percent above the full cache's perplexity; what is less is drawn here
+
 # Told apart in grey, too: each has its own marker and dashes
 LOOKS = [("#111111", "o", "-"), ("#d95f02", "s", "--"), ("#1f5fa8", "^", "-."),
          ("#4dac8f", "D", ":"), ("#b03a8c", "v", (0, (5, 1, 1, 1, 1, 1))),
@@ -331,6 +333,14 @@ def scores(ax, rows, x, pairs=False):
     lines(ax, others, x, "perplexity", pairs)
     ax.axhline(full["perplexity"], color="0.6", linewidth=2.5, zorder=0, label="full cache")
     ax.set_yscale("log")
+    plain_numbers(ax.yaxis)
+
+
+def losses(ax, rows, x):
+    """Perplexity above the full cache's, in percent, on a logarithmic axis that ends at FLOOR."""
+    full, others = split_full(rows)
+    lines(ax, others, x, lambda row: max(FLOOR, 100 * (row["perplexity"] / full["perplexity"] - 1)))
+    ax.set(yscale="log", ylim=(0.8 * FLOOR, None))
     plain_numbers(ax.yaxis)
 
 
