@@ -755,6 +755,10 @@ def attentions(draw):
     return rope, chunks, q, k, v, g
 
 
+def toy_rope(d):
+    return model.Rope(model.Config(9, 8, 1, 1, 1, d, 8, 512, 1e-5, True, {"type": "default", "theta": 100.0}))
+
+
 def random_basis(draw, width, g):
     """Orthonormal, of a drawn rank."""
     Q = torch.linalg.qr(torch.randn(width, width, generator=g, dtype=torch.float64))[0]
@@ -835,7 +839,8 @@ def test_a_compiled_step_says_the_same_and_is_compiled_once(small, kind, monkeyp
 
     All three are traced; the largest is translated to C++ too, where there is a compiler."""
     if kind != "bibranch" or not shutil.which("g++"):
-        monkeypatch.setattr(torch, "compile", lambda f, **kw: torch._dynamo.optimize("eager")(f))
+        real = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda f, **kw: real(f, backend="eager"))
     bases, ids = lorc.lorc(small, kept=0.5, schedule="uniform")[1], torch.arange(12)[None]
     options = {"sinks": 2, "window": 4, "bits": 4} if kind == "bibranch" else {}
     torch._dynamo.reset()
@@ -888,6 +893,121 @@ def test_u_cannot_be_folded_into_a_rotated_query(case):
 def rope_latents(rope, c, d):
     """Rotate latents as if they were heads: what folding U into the query amounts to."""
     return rope(c.unflatten(-1, (-1, d)), slice(0, c.shape[1])).flatten(2)
+
+
+# A basis that commutes with RoPE ------------------------------------------------------- property ---
+
+@st.composite
+def commuting(draw):
+    """Random Wk (G*d, D), Wq, C and a commuting basis of a drawn even rank, and d."""
+    G, R, d = draw(st.integers(1, 4)), draw(st.integers(1, 2)), 2 * draw(st.integers(1, 4))
+    D, g = draw(st.integers(2, 12)), torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    Wk, Wq, A = (torch.randn(n, D, generator=g, dtype=torch.float64) for n in (G * d, G * R * d, D))
+    C = draw(st.sampled_from([None, A @ A.T, A.square().sum(1)]))
+    d_c = 2 * draw(st.integers(1, G * d // 2))
+    return Wk, Wq, C, d_c, d, lorc.commuting_basis(Wk, d_c, d, C, Wq)
+
+
+@given(commuting(), st.integers(0, 30), st.integers(1, 5))
+def test_a_commuting_basis_commutes_with_the_rotation(case, n, T):
+    """R_n up c = up R'_n c, and down R_n k = R'_n down k: any k, c, place n, rank and weighting.
+    Kills: the conjugate forgotten; real and imaginary parts exchanged; a wrong component in turns."""
+    Wk, Wq, C, d_c, d, b = case
+    g, rope = torch.Generator().manual_seed(n), toy_rope(d)
+    k = torch.randn(2, T, len(Wk) // d, d, generator=g, dtype=torch.float64)
+    at, c = slice(n, n + T), torch.randn(2, T, d_c, generator=g, dtype=torch.float64)
+    rope.reserve(n + T, k)
+    turned = rope(c[:, :, None], at, b.turns)[:, :, 0]
+    assert close(b.expand(turned, d), rope(b.expand(c, d), at))
+    assert close(b.shrink(rope(k, at)), b.latents(k, rope, at))
+
+
+@given(commuting())
+def test_a_commuting_basis_is_exact_at_full_rank_and_an_ordinary_one_does_not_commute(case):
+    """At full rank up down = 1; below, a projection. The SVD's basis, given the same turns, fails [E4]."""
+    Wk, Wq, C, d_c, d, b = case
+    whole = lorc.commuting_basis(Wk, len(Wk), d, C, Wq)
+    assert close(whole.up @ whole.down, torch.eye(len(Wk), dtype=torch.float64), 1e3)
+    assert close(b.down @ b.up, torch.eye(d_c, dtype=torch.float64), 1e3)
+    assume(len(Wk) > d and d > 2 and Wk.shape[1] > 2)
+    rope, c = toy_rope(d), torch.ones(1, 1, len(Wk), dtype=torch.float64)
+    rope.reserve(4, c)
+    ordinary = lorc.basis(Wk, len(Wk))._replace(turns=whole.turns)
+    turned = rope(c[:, :, None], slice(3, 4), ordinary.turns)[:, :, 0]
+    assert not torch.allclose(ordinary.expand(turned, d), rope(ordinary.expand(c, d), slice(3, 4)), atol=1e-3)
+
+
+@given(commuting(), attentions(), st.data())
+def test_cached_rotated_latents_are_rebuilt_keys_in_every_cache(case, other, data):
+    """Folding U into the query equals rebuilding with the same basis, token by token, in chunks and in
+    one prefill; and through the bi-branch cache, whose latents are rotated when they leave the window."""
+    rope, chunks, q, k, v, g = other
+    B, T, G, d = k.shape
+    Wk = torch.randn(G * d, 7, generator=g, dtype=torch.float64)
+    K = lorc.commuting_basis(Wk, 2 * data.draw(st.integers(1, G * d // 2)), d)
+    V = random_basis(data.draw, G * d, g)
+    rebuilt = Basis(K.down, K.up)                                  # the same map, taken for an ordinary one
+    for split in ([T], chunks, [1] * T):
+        one, two = (feed(CompressedCache(B, T, b, V, d), rope, q, k, v, split) for b in (K, rebuilt))
+        assert close(one, two)
+        sinks, window = data.draw(st.integers(0, 2)), data.draw(st.integers(0, 4))
+        one, two = (feed(BiBranchCache(B, T, b, V, d, sinks, window), rope, q, k, v, split) for b in (K, rebuilt))
+        assert close(one, two)
+        strict = BiBranchCache(B, T, K, V, d, sinks, window, strict=True).attend(q, k, v, rope)
+    assert close(strict, feed(BiBranchCache(B, T, K, V, d, sinks, window), rope, q, k, v, [1] * T))
+
+
+@given(commuting())
+def test_theorem_1_for_a_commuting_basis_holds_at_each_frequency(case):
+    """||k_j - k~_j|| <= the largest singular value dropped at j, times ||x||; the largest of all j bounds
+    no whole key, the root of the sum of squares does. Kills: the largest kept instead of dropped."""
+    Wk, Wq, C, d_c, d, _ = case
+    b = lorc.commuting_basis(Wk, d_c, d)
+    x = torch.randn(Wk.shape[1], 5, generator=torch.Generator().manual_seed(d_c), dtype=torch.float64)
+    err = (Wk @ x - b.up @ (b.down @ (Wk @ x))).unflatten(0, (-1, 2, d // 2))
+    bound = theory.theorem_1_commuting(Wk, d_c, d)[:, None] * x.norm(dim=0)
+    per_frequency = err.square().sum((0, 1)).sqrt()                                     # (d/2, 5)
+    target((per_frequency / bound.clamp(min=1e-12)).max().item())
+    assert (per_frequency <= bound * TIGHT + 1e-9).all()
+    assert (err.flatten(0, 2).norm(dim=0) <= bound.norm(dim=0) * TIGHT + 1e-9).all()
+
+
+def test_the_largest_dropped_singular_value_does_not_bound_a_whole_key():
+    """One head, three frequencies of gains 2, 1, 1, one input, room for one: the error is sqrt(2), not 1."""
+    Wk = torch.tensor([2.0, 1, 1, 0, 0, 0], dtype=torch.float64)[:, None]
+    b = lorc.commuting_basis(Wk, 2, 6)
+    sigma, error = theory.theorem_1_commuting(Wk, 2, 6), (Wk - b.up @ (b.down @ Wk)).norm()
+    assert math.isclose(sigma.max(), 1, rel_tol=1e-12)
+    assert math.isclose(error, math.sqrt(2), rel_tol=1e-12) and math.isclose(sigma.norm(), math.sqrt(2))
+
+
+@given(commuting())
+def test_what_a_commuting_basis_loses_in_the_mean_is_what_it_drops(case):
+    """E||k - k~||^2 = the sum of the dropped eigenvalues over all j; weighted by the queries' energy when
+    C is a matrix, and then the weighted basis loses no more, so weighted, than the one without weights."""
+    Wk, Wq, C, d_c, d, b = case
+    assume(C is not None and C.dim() == 2)
+    plain = lorc.commuting_basis(Wk, d_c, d, C)
+    G, H = len(Wk) // d, len(Wq) // d
+    energy = (Wq @ C @ Wq.T).diagonal().unflatten(0, (G, H // G, 2, d // 2)).mean(1).sum(1)     # (G, d/2)
+
+    def lost(b, weight):
+        M = Wk - b.up @ (b.down @ Wk)
+        return ((M @ C @ M.T).diagonal().unflatten(0, (G, 2, d // 2)).sum(1) * weight).sum()
+    Z = torch.complex(*Wk.unflatten(0, (G, 2, d // 2)).unbind(1)).transpose(0, 1)
+    lam = torch.linalg.eigvalsh(Z @ C.to(Z) @ Z.mH).flatten().sort().values
+    scale = lam.sum()
+    assert abs(lost(plain, 1) - lam[:len(lam) - d_c // 2].sum()) <= 1e-9 * scale
+    assert lost(b, energy) <= lost(plain, energy) + 1e-9 * scale * energy.max()
+
+
+def test_the_command_line_speaks_from_a_commuting_basis(capsys, tmp_path):
+    """--basis commuting: even d_k, saved and loaded, and near full rank the text of the full cache."""
+    flags = ["--prompt", "Once upon a time", "--max-new-tokens", 12, "--json"]
+    first = json.loads(cli(capsys, *flags, "--basis", "commuting", "--kept", 0.98, "--save", tmp_path)[1])
+    assert all(row["d_k"] % 2 == 0 for row in first["plan"])
+    again = json.loads(cli(capsys, *flags, "--bases", tmp_path)[1])
+    assert first["text"] == again["text"] and first["cache"] == again["cache"]
 
 
 # The report, --json, --compare, --save --------------------------------------------------- by hand ---
@@ -1143,8 +1263,8 @@ def test_the_loss_falls_from_svd_to_asvd_to_fine_tuned_to_the_closed_form(real):
     def loss(down, up):
         M = W - up @ (down @ W)
         return torch.trace(M @ C @ M.T)
-    svd, asvd, best = (loss(*lorc.basis(W, d_c, c)) for c in (None, s, C))
-    A, B = (x.contiguous().requires_grad_() for x in lorc.basis(W, d_c, s))
+    svd, asvd, best = (loss(*lorc.basis(W, d_c, c)[:2]) for c in (None, s, C))
+    A, B = (x.contiguous().requires_grad_() for x in lorc.basis(W, d_c, s)[:2])
     with torch.enable_grad():
         tuner = torch.optim.LBFGS([A, B], max_iter=400, max_eval=800, tolerance_change=1e-14,
                                   line_search_fn="strong_wolfe")

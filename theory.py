@@ -1,6 +1,7 @@
 """The bounds of Sec. 5 and App. A: as printed, as corrected, and two that the papers only hint at.
 
     Thm. 1, Eq. 14      theorem_1            one matrix; attained at x = v_{k+1}
+                        theorem_1_commuting  the same in a basis that commutes with RoPE, by frequency
     Thm. 2, Eq. 15      theorem_2            one matrix and an elementwise phi with |phi'| <= L_phi
     Thm. 3, Eq. 16      theorem_3_printed    false: it forgets ||x~_{i-1}|| and one L_phi [E11]
                         theorem_3            corrected
@@ -55,6 +56,19 @@ def theorem_1(W, k, x):
 def theorem_2(W, k, x, L_phi):
     """Bound on ||phi(W x) - phi(W~ x)||: Thm. 2, Eq. 15."""
     return L_phi * theorem_1(W, k, x)
+
+
+def theorem_1_commuting(Wk, d_c, d):
+    """Bounds on ||k_j - k~_j|| / ||x|| at each frequency j, (d/2,): Thm. 1 in lorc.commuting_basis.
+
+    The largest singular value dropped at j. The largest of all j bounds every frequency, but not the
+    whole key: frequencies can lose the same direction of x, and their squares add.
+    """
+    turns = lorc.commuting_basis(Wk, d_c, d).turns[:d_c // 2]
+    Z = torch.complex(*Wk.double().unflatten(0, (-1, 2, d // 2)).unbind(1)).transpose(0, 1)
+    values = torch.linalg.svdvals(Z)                                 # (d/2, min(G, D)), falling
+    values = F.pad(values, (0, 1 + Z.shape[1] - values.shape[1]))
+    return values.gather(1, turns.bincount(minlength=d // 2)[:, None])[:, 0]
 
 
 # Sec. 5.3: a network -----------------------------------------------------------------------------
