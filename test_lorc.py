@@ -6,6 +6,7 @@ over); parity (an independent implementation); must fail (a counterexample to a 
 """
 import errno
 import functools
+import importlib
 import http.server
 import json
 import math
@@ -1523,6 +1524,33 @@ def test_every_table_and_figure_is_run_and_listed(every_experiment):
     assert scripts <= set(listed)
     for name, rows in every_experiment[1].items():
         assert rows and all(math.isfinite(row.get("perplexity", 0)) for row in rows), name
+
+
+TEXT = str(HERE / "tiny" / "README.md")
+
+
+@pytest.mark.parametrize("script, flags, read", [
+    ("distill", ["--text", TEXT, "--test", TEXT, "--context", 48, "--steps", 2, "--every", 1, "--batch", 2,
+                 "--max-tokens", 48], lambda r: r["perplexity"]["README.md"]["after"]),
+    ("cskv_finetune", ["--text", TEXT, "--layers", 0, "--windows", 2, "--steps", 2, "--every", 1],
+     lambda r: r["curves"][-1]["loss"]["svd"][0][0]),
+    ("bench", ["--model", HERE / "tiny", "--dtype", "float32", "--context", 40, "--steps", 6, "--rounds", 1,
+               "--how", "eager", "--transformers", "none"], lambda r: r["tables"][0]["rows"]["full eager"]["ms"]),
+    ("dtypes", ["--model", HERE / "tiny", "--text", TEXT, "--calibrate", TEXT, "--tokens", 64, "--windows", 2],
+     lambda r: r["caches"]["bibranch"]["bfloat16"]["perplexity"]),
+    ("svd_speed", ["--sample", 1], lambda r: r["numpy_float64_over_ours"]),
+])
+def test_every_other_experiment_runs_at_its_smallest(script, flags, read, tmp_path, monkeypatch, capsys):
+    """On tiny/, to a result file with the number that README or the next script reads, and its origin."""
+    monkeypatch.syspath_prepend(str(HERE / "experiments"))
+    module, out = importlib.import_module(script), tmp_path / ("" if script == "distill" else "result.json")
+    monkeypatch.setattr(module, "ROWS", 32, raising=False)               # svd_speed's matrices
+    monkeypatch.setattr(module, "COLUMNS", 64, raising=False)
+    monkeypatch.setattr(sys, "argv", [script, *map(str, flags), "--device", "cpu", "--out", str(out)])
+    with torch.enable_grad():
+        module.main()
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert 0 < read(result) < math.inf and {"device", "torch", "commit", "command"} <= set(result)
 
 
 UNIFORM = ["--kept", "0.6", "--schedule", "uniform"]

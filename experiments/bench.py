@@ -75,7 +75,7 @@ def filled(llama, name, kept, B, context, steps):
         cache.n = context - steps
         for store in (cache, *(x for x in vars(cache).values() if hasattr(x, "append"))):
             if store is not cache:
-                store.n = cache.n - cache.sinks - cache.window
+                store.n = max(0, cache.n - cache.sinks - cache.window)
             for x in vars(store).values():
                 if isinstance(x, torch.Tensor):
                     x.random_(0, 256) if x.dtype == torch.uint8 else x.normal_()
