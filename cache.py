@@ -64,9 +64,9 @@ class Basis(NamedTuple):
         return self.expand(c, d) if self.turns is not None else rope(self.expand(c, d), at)
 
     def scores(self, q, c, rope, at):
-        """q . k~ / sqrt(d): q (B, T, H, d), rotated, and cached latents (B, S, d_c) -> (B, T, H, S).
+        """q . k~ / sqrt(d): q (B, T, H, d), rotated, and cached c (B, S, d_c) -> (B, T, H, S).
 
-        In a basis that commutes, U goes to the query, once, as App. C wants; otherwise k~ is rebuilt.
+        In a basis that commutes U goes to the query, as App. C wants; otherwise k~ is rebuilt.
         """
         d = q.shape[-1]
         if self.turns is None:
@@ -391,7 +391,8 @@ class BiBranchCache:
         blocks = [slice(i, min(i + size, m)) for i in range(0, m, size)]
         keys = [rope(self.sink_k[:, :a], first), rope(self.ring_k[:, :len(ring)], ring)]
         s = [scores(q, k) for k in keys]
-        s += [self.K.scores(q, self.c_k.read(b), rope, slice(a + b.start, a + b.stop)) for b in blocks]
+        s += [self.K.scores(q, self.c_k.read(b), rope, slice(a + b.start, a + b.stop))
+              for b in blocks]
         p = softmax(torch.cat(s, -1))                                # sinks, window, between
         exact = torch.cat((self.sink_v[:, :a], self.ring_v[:, :len(ring)]), 1)
         o = mix(p[..., :exact.shape[1]], exact)
@@ -428,7 +429,8 @@ class BiBranchCache:
         first, between, ring = self.branches()
         every = slice(0, between.stop - between.start)
         keys = (rope(self.sink_k[:, :first.stop], first),
-                self.K.keys(self.c_k.read(every), rope, between, self.d), rope(self.ring_k[:, :len(ring)], ring))
+                self.K.keys(self.c_k.read(every), rope, between, self.d),
+                rope(self.ring_k[:, :len(ring)], ring))
         values = (self.sink_v[:, :first.stop], self.V.expand(self.c_v.read(every), self.d),
                   self.ring_v[:, :len(ring)])
         return keys, values
