@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import einsum
 
-BLOCK = 2**15      # keys rebuilt at a time, over the whole batch: bounds the memory of a step
+BLOCK = 2**15      # keys rebuilt at a time, over the whole batch: bounds the memory of an eager step
 GROUP = 32         # tokens that share one scale and one minimum in the 4-bit store
 
 
@@ -243,7 +243,7 @@ def quantize(c):
     groups = c.unflatten(1, (-1, GROUP))                                     # (B, j, 32, d_c)
     low = groups.amin(2, keepdim=True)
     step = (groups.amax(2, keepdim=True) - low) / 15
-    codes = ((groups - low) / step.clamp(min=torch.finfo(c.dtype).tiny)).round().clamp(0, 15)
+    codes = ((groups - low) / step.where(step > 0, 1)).round().clamp(0, 15)
     return codes.flatten(1, 2).to(torch.uint8), low, step
 
 

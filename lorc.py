@@ -221,16 +221,17 @@ def commuting_basis(Wk, d_c, d, C=None, Wq=None):
     RoPE multiplies the complex number of components (j, j + d/2) of every head by one phase, so a
     complex mix of the heads at one j commutes with it. At each j it is the eigenvectors of the
     heads' complex second moment; one sort over all j shares d_c among them. A row counts as much as
-    its head group's queries are large at j: E |q_j|^2 where Wq (H*d, D) and a matrix C are given.
+    its head group's queries are large at j: E |q_j|^2 where Wq (H*d, D) and C (D, D) are given.
     """
     Z = Wk.double().unflatten(0, (-1, 2, d // 2))                    # (G, 2, d/2, D)
     Z = torch.complex(Z[:, 0], Z[:, 1]).transpose(0, 1)              # (d/2, G, D): z_j = Z_j x
     energy = torch.ones_like(Z[..., 0].real)                         # (d/2, G)
-    if Wq is not None and C is not None and C.dim() == 2:
+    if Wq is not None and C is not None:
         q = (Wq.double() @ C.double() * Wq.double()).sum(1)          # (H*d,)
-        energy = q.unflatten(0, (len(Z[0]), -1, 2, d // 2)).mean(1).sum(1).T.clamp(min=1e-30)
+        energy = q.unflatten(0, (len(Z[0]), -1, 2, d // 2)).mean(1).sum(1).T
+        energy = (energy / energy.max()).clamp(min=1e-6)             # no row is given up
     root = energy.sqrt()[..., None]                                  # (d/2, G, 1)
-    ZC = Z if C is None else Z * C.double() if C.dim() == 1 else Z @ C.to(Z)
+    ZC = Z if C is None else Z @ C.to(Z)
     lam, Q = torch.linalg.eigh(root * (ZC @ Z.mH) * root.mT)         # (d/2, G), (d/2, G, G)
     kept = lam.flatten().argsort(descending=True)[:d_c // 2]
     j, m = kept // lam.shape[1], kept % lam.shape[1]
@@ -312,6 +313,7 @@ def compiled(llama, caches, B=1):
     first call compiles, the second records all kernels as one graph, later ones launch it.
     Raises UserError where there is no compiler.
     """
+    assert all(cache.settled for cache in caches)
     device, graph, logits = llama.norm.weight.device, None, None
     fused = device.type == "cuda" and B == 1               # the compiler's own matrix times vector
     block = torch.compile(model.Block.forward, options={"coordinate_descent_tuning": fused})
@@ -330,7 +332,9 @@ def compiled(llama, caches, B=1):
             try:
                 return step()
             except torch._dynamo.exc.TorchDynamoException as e:
-                raise model.UserError(f"--compile does not work here: {str(e):.200}") from None
+                why = str(e).strip().splitlines()[0]
+                raise model.UserError(f"--compile: {why:.120}; install a C++ compiler, or leave out "
+                                      "--compile") from None
         tokens.copy_(new)
         if device.type != "cuda":
             return step()
@@ -392,6 +396,7 @@ def save_bases(folder, llama, plan, bases, method):
     """Write bases and plan to folder/bases.safetensors: whole or not at all. Raises UserError."""
     from safetensors.torch import save
     shape, numbers = fingerprint(llama)
+
     def on_cpu(b):
         return Basis(*(x if x is None else x.cpu() for x in b))
     bases = model.gather([pair and tuple(map(on_cpu, pair)) for pair in bases])
@@ -417,9 +422,11 @@ def save_bases(folder, llama, plan, bases, method):
 def fits(b, d_c, config):
     """Whether a basis has d_c columns for this model and numbers that can be computed with."""
     whole = b.down.shape == b.up.T.shape == (d_c, config.kv_width)
-    return whole and (b.down @ b.up).isfinite().all() and (
-        b.turns is None or b.turns.shape == (d_c,) and b.turns.dtype == torch.int64
-                      and d_c % 2 == 0 and 0 <= b.turns.min() <= b.turns.max() < config.head_dim)
+    if b.turns is not None:
+        first, half = b.turns[:d_c // 2], config.head_dim // 2
+        whole &= b.turns.dtype == torch.int64 and torch.equal(b.turns, torch.cat((first, first + half)))
+        whole &= bool(((first >= 0) & (first < half)).all())
+    return whole and (b.down @ b.up).isfinite().all()
 
 
 def load_bases(folder, llama):
@@ -527,7 +534,7 @@ def command_line():
          help="C: I, gamma^2, mean |x|, E[xx^T]. Default: svd; whitened with --calibrate. "
               "commuting: keys that need no rebuilding, from I or, with --calibrate, E[xx^T].")
     flag("--calibrate", metavar="FILE",
-         help="Text for asvd and whitened; its first 32 windows of up to 1,024 tokens are used.")
+         help="Text for asvd, whitened and commuting; its first 32 windows of up to 1,024 tokens are used.")
     flag("--bases", metavar="DIR", help="Use the bases and the plan that --save wrote.")
     flag("--sinks", type=count, metavar="N",
          help="Exact first tokens of the bi-branch cache; left out of calibration. Default: 4.")
@@ -544,7 +551,8 @@ def command_line():
     flag("--seed", type=count, metavar="N", help="Default: 0.")
     flag("--chat", action="store_true", help="Wrap the prompt in the model's own chat template.")
     flag("--compile", action="store_true",
-         help="Compile the decode step: slow to start, then fast; on CUDA one graph.")
+         help="Compile the decode step: slow to start, then fast; on CUDA one graph. A bi-branch "
+              "cache decodes uncompiled until its window is full.")
     flag("--context", type=more, metavar="N",
          help="Window length for --perplexity. Default: the model's maximum.")
     flag("--max-tokens", type=more, metavar="N", help="Score only the first N tokens.")
@@ -803,9 +811,9 @@ def report(args, plan, runs, seconds):
             print(f"perplexity {r['perplexity']:.4f}")
         c = r["cache"]
         spent = seconds | {"prefill": r["prefill"], "decode": r["decode"]}
-        print(f"{c['kind']} cache: {size(c['bytes'])} held ({c['bytes']:,} bytes), a full one would "
-              "hold "
-              f"{size(c['full_bytes'])} ({c['full_bytes']:,}): {c['bytes'] / c['full_bytes']:.1%}\n"
+        print(f"{c['kind']} cache: {size(c['bytes'])} held ({c['bytes']:,} bytes), "
+              f"a full one would hold {size(c['full_bytes'])} ({c['full_bytes']:,}): "
+              f"{c['bytes'] / c['full_bytes']:.1%}\n"
               f"{r['tokens']} tokens; seconds: "
               + ", ".join(f"{k} {s:.2f}" for k, s in spent.items())
               + ("\npeak memory: " + ", ".join(map(size, c["memory"])) if "memory" in c else ""),
@@ -913,8 +921,8 @@ def answer(name, work):
         message = str(e)
     except model.UserError as e:
         message = str(e)
-    except (MemoryError, RuntimeError) as e:
-        if type(e) is RuntimeError and "allocate" not in str(e):
+    except (MemoryError, RuntimeError) as e:         # PyTorch says it of the CPU with a RuntimeError
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(e):
             raise
         message = "not enough memory for this model, text and number of new tokens; ask for less"
     print(f"{name}: {' '.join(message.split()):.400}", file=sys.stderr)

@@ -54,7 +54,7 @@ class Config:
     context: int          # N, positions the model was made for
     eps: float            # in RMSNorm
     tied: bool            # the output head is the embedding
-    rope: dict            # rope_type, rope_theta and that type's own numbers
+    rope: dict            # type, theta and that type's own numbers
 
     @property
     def kv_width(self) -> int:

@@ -6,15 +6,15 @@ over); parity (an independent implementation); must fail (a counterexample to a 
 """
 import errno
 import functools
-import importlib
 import http.server
+import importlib
 import json
 import math
-import shutil
 import os
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -708,18 +708,20 @@ def test_tables_1_and_2_are_counts_of_full_and_flat_layers():
 def test_kept_is_reached_to_within_one_rank_a_layer(layers, d_max, kept, split, data):
     kappa = data.draw(st.lists(st.floats(0.1, 20), min_size=layers, max_size=layers))
     schedule = data.draw(st.sampled_from(["progressive", "uniform"]))
-    skip = data.draw(st.integers(0, layers))
+    skip, pairs = data.draw(st.integers(0, layers)), d_max % 2 == 0 and data.draw(st.booleans())
 
     def ranks_of(d_min):
-        return lorc.ranks(lorc.log_kappa_tilde(kappa), [i < skip for i in range(layers)], d_max, d_min, schedule, split)
+        return lorc.ranks(lorc.log_kappa_tilde(kappa), [i < skip for i in range(layers)], d_max, d_min, schedule,
+                          split, pairs)
     try:
         ranks = ranks_of(lorc.solve_d_min(kept, ranks_of, d_max))
     except model.UserError as e:
         low, high = (sum(map(sum, ranks_of(d))) / (2 * layers * d_max) for d in (1, d_max))
         assert "cannot be reached" in str(e) and not low <= kept <= high
         return
-    assert abs(sum(map(sum, ranks)) - kept * 2 * layers * d_max) <= layers + 1e-6
+    assert abs(sum(map(sum, ranks)) - kept * 2 * layers * d_max) <= layers * (1 + pairs) + 1e-6
     assert all(1 <= x <= d_max for pair in ranks for x in pair)
+    assert not pairs or all(d_k % 2 == 0 for d_k, _ in ranks)
 
 
 def test_algorithm_1_leaves_layers_above_the_threshold_and_the_first_ones_whole(small):
@@ -834,18 +836,19 @@ def test_a_real_model_says_the_same_token_by_token(real, kind):
     assert close(torch.cat([llama(t, caches) for t in tokens.split(1, 1)], 1), want, scale=5)
 
 
-@pytest.mark.parametrize("kind", ["full", "compressed", "bibranch"])
-def test_a_compiled_step_says_the_same_and_is_compiled_once(small, kind, monkeypatch):
-    """--compile: the same tokens as the eager loop, and nothing is compiled again as places go by.
-
-    All three are traced; the largest is translated to C++ too, where there is a compiler."""
+@pytest.mark.parametrize("kind, plan", [("full", {}), ("compressed", {}), ("compressed", {"commuting": True}),
+                                        ("compressed", {"schedule": "progressive"}), ("bibranch", {})])
+def test_a_compiled_step_says_the_same_and_is_compiled_once(small, kind, plan, monkeypatch):
+    """--compile: the same tokens as the eager loop, and nothing is compiled again as places go by (but for
+    layers of other sizes). All are traced; the largest is translated to C++ too, where there is a compiler."""
     if kind != "bibranch" or not shutil.which("g++"):
         real = torch.compile
         monkeypatch.setattr(torch, "compile", lambda f, **kw: real(f, backend="eager"))
-    bases, ids = lorc.lorc(small, kept=0.5, schedule="uniform")[1], torch.arange(12)[None]
+    bases = lorc.lorc(small, **({"kept": 0.7, "schedule": "uniform"} | plan))[1]
+    ids = torch.arange(12)[None]
     options = {"sinks": 2, "window": 4, "bits": 4} if kind == "bibranch" else {}
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with torch._dynamo.config.patch(error_on_recompile="schedule" not in plan):
         eager, compiled = (list(lorc.generate(small, lorc.new_caches(small, kind, 51, bases, **options), ids, 40,
                                               compile=compile)) for compile in (False, True))
     assert eager == compiled
@@ -904,7 +907,7 @@ def commuting(draw):
     G, R, d = draw(st.integers(1, 4)), draw(st.integers(1, 2)), 2 * draw(st.integers(1, 4))
     D, g = draw(st.integers(2, 12)), torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     Wk, Wq, A = (torch.randn(n, D, generator=g, dtype=torch.float64) for n in (G * d, G * R * d, D))
-    C = draw(st.sampled_from([None, A @ A.T, A.square().sum(1)]))
+    C = draw(st.sampled_from([None, A @ A.T]))
     d_c = 2 * draw(st.integers(1, G * d // 2))
     return Wk, Wq, C, d_c, d, lorc.commuting_basis(Wk, d_c, d, C, Wq)
 
@@ -938,11 +941,11 @@ def test_a_commuting_basis_is_exact_at_full_rank_and_an_ordinary_one_does_not_co
     assert not torch.allclose(ordinary.expand(turned, d), rope(ordinary.expand(c, d), slice(3, 4)), atol=1e-3)
 
 
-@given(commuting(), attentions(), st.data())
-def test_cached_rotated_latents_are_rebuilt_keys_in_every_cache(case, other, data):
+@given(attentions(), st.data())
+def test_cached_rotated_latents_are_rebuilt_keys_in_every_cache(case, data):
     """Folding U into the query equals rebuilding with the same basis, token by token, in chunks and in
     one prefill; and through the bi-branch cache, whose latents are rotated when they leave the window."""
-    rope, chunks, q, k, v, g = other
+    rope, chunks, q, k, v, g = case
     B, T, G, d = k.shape
     Wk = torch.randn(G * d, 7, generator=g, dtype=torch.float64)
     K = lorc.commuting_basis(Wk, 2 * data.draw(st.integers(1, G * d // 2)), d)
@@ -954,14 +957,15 @@ def test_cached_rotated_latents_are_rebuilt_keys_in_every_cache(case, other, dat
         sinks, window = data.draw(st.integers(0, 2)), data.draw(st.integers(0, 4))
         one, two = (feed(BiBranchCache(B, T, b, V, d, sinks, window), rope, q, k, v, split) for b in (K, rebuilt))
         assert close(one, two)
-        strict = BiBranchCache(B, T, K, V, d, sinks, window, strict=True).attend(q, k, v, rope)
-    assert close(strict, feed(BiBranchCache(B, T, K, V, d, sinks, window), rope, q, k, v, [1] * T))
+        for bits in (16, 4):
+            one = BiBranchCache(B, T, K, V, d, sinks, window, bits, strict=True).attend(q, k, v, rope)
+            assert close(one, feed(BiBranchCache(B, T, K, V, d, sinks, window, bits), rope, q, k, v, [1] * T))
 
 
 @given(commuting())
 def test_theorem_1_for_a_commuting_basis_holds_at_each_frequency(case):
-    """||k_j - k~_j|| <= the largest singular value dropped at j, times ||x||; the largest of all j bounds
-    no whole key, the root of the sum of squares does. Kills: the largest kept instead of dropped."""
+    """||k_j - k~_j|| <= the largest singular value dropped at j, times ||x||.
+    Kills: the second dropped instead of the first."""
     Wk, Wq, C, d_c, d, _ = case
     b = lorc.commuting_basis(Wk, d_c, d)
     x = torch.randn(Wk.shape[1], 5, generator=torch.Generator().manual_seed(d_c), dtype=torch.float64)
@@ -970,15 +974,15 @@ def test_theorem_1_for_a_commuting_basis_holds_at_each_frequency(case):
     per_frequency = err.square().sum((0, 1)).sqrt()                                     # (d/2, 5)
     target((per_frequency / bound.clamp(min=1e-12)).max().item())
     assert (per_frequency <= bound * TIGHT + 1e-9).all()
-    assert (err.flatten(0, 2).norm(dim=0) <= bound.norm(dim=0) * TIGHT + 1e-9).all()
 
 
 def test_the_largest_dropped_singular_value_does_not_bound_a_whole_key():
-    """One head, three frequencies of gains 2, 1, 1, one input, room for one: the error is sqrt(2), not 1."""
+    """One head, three frequencies of gains 2, 1, 1, one input, room for one: the error is sqrt(2), not 1.
+    The bound is attained at each frequency. Kills: the largest kept instead of dropped."""
     Wk = torch.tensor([2.0, 1, 1, 0, 0, 0], dtype=torch.float64)[:, None]
     b = lorc.commuting_basis(Wk, 2, 6)
     sigma, error = theory.theorem_1_commuting(Wk, 2, 6), (Wk - b.up @ (b.down @ Wk)).norm()
-    assert math.isclose(sigma.max(), 1, rel_tol=1e-12)
+    assert torch.allclose(sigma.sort().values, torch.tensor([0, 1, 1], dtype=torch.float64))
     assert math.isclose(error, math.sqrt(2), rel_tol=1e-12) and math.isclose(sigma.norm(), math.sqrt(2))
 
 
@@ -987,7 +991,7 @@ def test_what_a_commuting_basis_loses_in_the_mean_is_what_it_drops(case):
     """E||k - k~||^2 = the sum of the dropped eigenvalues over all j; weighted by the queries' energy when
     C is a matrix, and then the weighted basis loses no more, so weighted, than the one without weights."""
     Wk, Wq, C, d_c, d, b = case
-    assume(C is not None and C.dim() == 2)
+    assume(C is not None)
     plain = lorc.commuting_basis(Wk, d_c, d, C)
     G, H = len(Wk) // d, len(Wq) // d
     energy = (Wq @ C @ Wq.T).diagonal().unflatten(0, (G, H // G, 2, d // 2)).mean(1).sum(1)     # (G, d/2)
@@ -1003,9 +1007,11 @@ def test_what_a_commuting_basis_loses_in_the_mean_is_what_it_drops(case):
 
 
 def test_the_command_line_speaks_from_a_commuting_basis(capsys, tmp_path):
-    """--basis commuting: even d_k, saved and loaded, and near full rank the text of the full cache."""
+    """--basis commuting: even d_k, saved with its turns and loaded; near full rank the full cache's text."""
     flags = ["--prompt", "Once upon a time", "--max-new-tokens", 12, "--json"]
     first = json.loads(cli(capsys, *flags, "--basis", "commuting", "--kept", 0.98, "--save", tmp_path)[1])
+    assert "layers.7.k.turns" in load_file(tmp_path / "bases.safetensors")
+    assert first["text"] == json.loads(cli(capsys, *flags, "--cache", "full")[1])["text"]
     assert all(row["d_k"] % 2 == 0 for row in first["plan"])
     again = json.loads(cli(capsys, *flags, "--bases", tmp_path)[1])
     assert first["text"] == again["text"] and first["cache"] == again["cache"]
@@ -1230,9 +1236,17 @@ def test_a_long_generation_grows_nothing_and_its_window_is_exact():
     assert got["steps"] == got["steps_with_exact_window"] == 150 and len({row["held"] for row in got["rows"]}) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_four_bits_keep_a_channel_of_small_range_in_half_precision(dtype):
+    """A range of 4e-4, below float16's smallest normal number times 15, comes back to a step.
+    Kills: a step clamped at that number, which lost the channel."""
+    c = torch.linspace(0, 4e-4, 32).view(1, 32, 1).to(dtype)
+    assert (cache.dequantize(*cache.quantize(c)) - c).abs().max() <= 4e-4 / 15
+
+
 @given(st.integers(1, 100), st.integers(1, 9), st.integers(1, 2), st.floats(-20, 20), st.data())
 def test_four_bits_come_back_to_half_a_step_and_cost_what_they_say(S, d_c, B, mean, data):
-    """Codes are right to half a step of their group; bytes = codes / 2 + minimum and step + the waiting tokens."""
+    """Codes are right to half a step of their group, small ranges in float16 too; bytes = codes / 2 + minimum and step + the waiting tokens."""
     c = torch.randn(B, S, d_c, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 2**32))),
                     dtype=torch.float64) + mean
     store, whole = cache.Latents4(B, S, d_c, c), S // 32 * 32
@@ -1634,6 +1648,7 @@ WRONG = [line.split(" -> ") for line in """
                         -> nothing to do: give --prompt
 --prompt w1 --perplexity {d}/text   -> not allowed with
 --prompt w1 --plan      -> not allowed with
+--plan --compile        -> nothing is said without --prompt; leave out --compile
 --prompt                -> --prompt: expected one argument
 --nonsense              -> unrecognized arguments: --nonsense
 --prompt w1 --temp 1    -> unrecognized arguments: --temp

@@ -226,6 +226,9 @@ def main():
         llama = (model.load(args.model, dtype, args.device) if args.model
                  else random_model(shape(args.shape), dtype, args.device))
         result = provenance(args.device, args.commit) | {"tables": []}
+        if args.transformers:
+            import transformers
+            result["transformers"] = transformers.__version__
         for context in args.context:
             torch._dynamo.reset()
             result["tables"].append(measure(argparse.Namespace(**vars(args) | {"context": context}), llama))

@@ -1,6 +1,6 @@
 """App. C, made possible: keys in a basis that commutes with RoPE against the joint basis.
 
-Both calibrated, bi-branch, at equal bytes. A commuting basis mixes heads at one frequency only, so it
+Both calibrated, bi-branch, at bytes equal to a rank or two. A commuting basis mixes heads at one frequency only, so it
 needs more numbers for the same keys; its cached keys need no rebuilding (experiments/bench.py times
 that). Each budget at several splits between keys and values; the picture shows each basis's best.
 
@@ -11,6 +11,8 @@ import sys
 
 import study as shared
 
+TIMED = (("bench-llama-3-8b-b64", "64 x 2,048 tokens", "o"),
+         ("bench-llama-3-8b-b4-32k", "4 x 32,768", "s"))
 KEPT = (0.4, 0.5, 0.6, 0.7, 0.8)
 SPLITS = (-0.2, -0.15, -0.1, -0.05, 0, 0.05, 0.1, 0.15, 0.2)
 
@@ -44,12 +46,7 @@ def plot(found):
             [(r["label"], r["wanted"], r["split"], f"{r['perplexity']:.2f}",
               f"{r['perplexity'] / full['perplexity'] - 1:+.1%}",
               f"{r['bytes'] / r['full_bytes']:.1%}") for r in best(others)])
-
-
     yield from speed(found)
-
-
-TIMED = (("bench-llama-3-8b-b64", "64 x 2,048 tokens", "o"), ("bench-llama-3-8b-b4-32k", "4 x 32,768", "s"))
 
 
 def speed(found):
