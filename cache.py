@@ -156,7 +156,8 @@ class CompressedCache:
     """Latents only (Secs. 4.1, 4.3, App. C). Nothing of full width outlives a call.
 
     The rotation stands between U_k and the cached key and depends on that key's position, so U_k
-    cannot be folded into the query (Eq. 7 fails, [E4]): keys are rebuilt, then rotated. Nothing
+    cannot be folded into the query (Eq. 7 fails, [E4]) unless it commutes with the rotation: keys
+    are rebuilt, then rotated. Nothing
     stands between U_v and the values: latents are mixed, the mixture expanded (Eq. 9, [E5], [E18]).
     """
 

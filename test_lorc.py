@@ -941,6 +941,7 @@ def test_a_commuting_basis_is_exact_at_full_rank_and_an_ordinary_one_does_not_co
     assert not torch.allclose(ordinary.expand(turned, d), rope(ordinary.expand(c, d), slice(3, 4)), atol=1e-3)
 
 
+@settings(max_examples=25)
 @given(attentions(), st.data())
 def test_cached_rotated_latents_are_rebuilt_keys_in_every_cache(case, data):
     """Folding U into the query equals rebuilding with the same basis, token by token, in chunks and in
