@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import einsum
 
-BLOCK = 2**15      # keys rebuilt at a time, over the whole batch: bounds the memory of a step
+BLOCK = 2**15      # keys rebuilt at a time, over the whole batch: bounds the memory of an eager step
 GROUP = 32         # tokens that share one scale and one minimum in the 4-bit store
 
 
@@ -64,9 +64,9 @@ class Basis(NamedTuple):
         return self.expand(c, d) if self.turns is not None else rope(self.expand(c, d), at)
 
     def scores(self, q, c, rope, at):
-        """q . k~ / sqrt(d): q (B, T, H, d), rotated, and cached latents (B, S, d_c) -> (B, T, H, S).
+        """q . k~ / sqrt(d): q (B, T, H, d), rotated, and cached c (B, S, d_c) -> (B, T, H, S).
 
-        In a basis that commutes, U goes to the query, once, as App. C wants; otherwise k~ is rebuilt.
+        In a basis that commutes U goes to the query, as App. C wants; otherwise k~ is rebuilt.
         """
         d = q.shape[-1]
         if self.turns is None:
@@ -156,7 +156,8 @@ class CompressedCache:
     """Latents only (Secs. 4.1, 4.3, App. C). Nothing of full width outlives a call.
 
     The rotation stands between U_k and the cached key and depends on that key's position, so U_k
-    cannot be folded into the query (Eq. 7 fails, [E4]): keys are rebuilt, then rotated. Nothing
+    cannot be folded into the query (Eq. 7 fails, [E4]) unless it commutes with the rotation: keys
+    are rebuilt, then rotated. Nothing
     stands between U_v and the values: latents are mixed, the mixture expanded (Eq. 9, [E5], [E18]).
     """
 
@@ -243,7 +244,7 @@ def quantize(c):
     groups = c.unflatten(1, (-1, GROUP))                                     # (B, j, 32, d_c)
     low = groups.amin(2, keepdim=True)
     step = (groups.amax(2, keepdim=True) - low) / 15
-    codes = ((groups - low) / step.clamp(min=torch.finfo(c.dtype).tiny)).round().clamp(0, 15)
+    codes = ((groups - low) / step.where(step > 0, 1)).round().clamp(0, 15)
     return codes.flatten(1, 2).to(torch.uint8), low, step
 
 
@@ -391,7 +392,8 @@ class BiBranchCache:
         blocks = [slice(i, min(i + size, m)) for i in range(0, m, size)]
         keys = [rope(self.sink_k[:, :a], first), rope(self.ring_k[:, :len(ring)], ring)]
         s = [scores(q, k) for k in keys]
-        s += [self.K.scores(q, self.c_k.read(b), rope, slice(a + b.start, a + b.stop)) for b in blocks]
+        s += [self.K.scores(q, self.c_k.read(b), rope, slice(a + b.start, a + b.stop))
+              for b in blocks]
         p = softmax(torch.cat(s, -1))                                # sinks, window, between
         exact = torch.cat((self.sink_v[:, :a], self.ring_v[:, :len(ring)]), 1)
         o = mix(p[..., :exact.shape[1]], exact)
@@ -428,7 +430,8 @@ class BiBranchCache:
         first, between, ring = self.branches()
         every = slice(0, between.stop - between.start)
         keys = (rope(self.sink_k[:, :first.stop], first),
-                self.K.keys(self.c_k.read(every), rope, between, self.d), rope(self.ring_k[:, :len(ring)], ring))
+                self.K.keys(self.c_k.read(every), rope, between, self.d),
+                rope(self.ring_k[:, :len(ring)], ring))
         values = (self.sink_v[:, :first.stop], self.V.expand(self.c_v.read(every), self.d),
                   self.ring_v[:, :len(ring)])
         return keys, values

@@ -125,7 +125,7 @@ def solve_d_min(kept, ranks_of, d_max):
     low, high = 1.0, float(d_max)
     if not fraction(low) - 0.5 / d_max <= kept <= fraction(high) + 0.5 / d_max:
         raise model.UserError(f"--kept {kept:g} cannot be reached: these flags can keep "
-                              f"{math.ceil(1000 * fraction(low)) / 1000:g} to {fraction(high):.4g}; "
+                              f"{math.ceil(1e3 * fraction(low)) / 1e3:g} to {fraction(high):.4g}; "
                               "Eq. 13 keeps at least about half, --schedule uniform less")
     while high - low > 1e-6:
         middle = (low + high) / 2
@@ -173,8 +173,9 @@ def lorc(llama, kept=0.6, d_min=None, threshold=math.inf, schedule="progressive"
     plan = Plan(kappa, log_tilde, ranks_of(d_min or solve_d_min(kept, ranks_of, d_max)), d_max)
     bases = [None if d_k == d_v == d_max else
              (keys(layer, d_k, C), basis(layer.attn.Wv.weight, d_v, C))            # l. 12-14, 16-18
-             for layer, (d_k, d_v), C in zip(tqdm(llama.layers, "bases", unit=" layers", leave=False,
-                                                  disable=None), plan.ranks[own], moments)]
+             for layer, (d_k, d_v), C in
+             zip(tqdm(llama.layers, "bases", unit=" layers", leave=False, disable=None),
+                 plan.ranks[own], moments)]
     return plan, bases                        # l. 15, 19 not taken [E4], [E5]; l. 20: the caches
 
 
@@ -220,16 +221,17 @@ def commuting_basis(Wk, d_c, d, C=None, Wq=None):
     RoPE multiplies the complex number of components (j, j + d/2) of every head by one phase, so a
     complex mix of the heads at one j commutes with it. At each j it is the eigenvectors of the
     heads' complex second moment; one sort over all j shares d_c among them. A row counts as much as
-    its head group's queries are large at j: E |q_j|^2 with Wq (H*d, D) given and C a matrix, else 1.
+    its head group's queries are large at j: E |q_j|^2 where Wq (H*d, D) and C (D, D) are given.
     """
     Z = Wk.double().unflatten(0, (-1, 2, d // 2))                    # (G, 2, d/2, D)
     Z = torch.complex(Z[:, 0], Z[:, 1]).transpose(0, 1)              # (d/2, G, D): z_j = Z_j x
     energy = torch.ones_like(Z[..., 0].real)                         # (d/2, G)
-    if Wq is not None and C is not None and C.dim() == 2:
+    if Wq is not None and C is not None:
         q = (Wq.double() @ C.double() * Wq.double()).sum(1)          # (H*d,)
-        energy = q.unflatten(0, (len(Z[0]), -1, 2, d // 2)).mean(1).sum(1).T.clamp(min=1e-30)
+        energy = q.unflatten(0, (len(Z[0]), -1, 2, d // 2)).mean(1).sum(1).T
+        energy = (energy / energy.max()).clamp(min=1e-6)             # no row is given up
     root = energy.sqrt()[..., None]                                  # (d/2, G, 1)
-    ZC = Z if C is None else Z * C.double() if C.dim() == 1 else Z @ C.to(Z)
+    ZC = Z if C is None else Z @ C.to(Z)
     lam, Q = torch.linalg.eigh(root * (ZC @ Z.mH) * root.mT)         # (d/2, G), (d/2, G, G)
     kept = lam.flatten().argsort(descending=True)[:d_c // 2]
     j, m = kept // lam.shape[1], kept % lam.shape[1]
@@ -311,8 +313,9 @@ def compiled(llama, caches, B=1):
     first call compiles, the second records all kernels as one graph, later ones launch it.
     Raises UserError where there is no compiler.
     """
+    assert all(cache.settled for cache in caches)
     device, graph, logits = llama.norm.weight.device, None, None
-    fused = device.type == "cuda" and B == 1              # matrix times vector, written by the compiler
+    fused = device.type == "cuda" and B == 1               # the compiler's own matrix times vector
     block = torch.compile(model.Block.forward, options={"coordinate_descent_tuning": fused})
     at = torch.tensor([caches[0].n], device=device)
     steps, tokens = [Static(cache, at) for cache in caches], None
@@ -329,7 +332,9 @@ def compiled(llama, caches, B=1):
             try:
                 return step()
             except torch._dynamo.exc.TorchDynamoException as e:
-                raise model.UserError(f"--compile does not work here: {str(e):.200}") from None
+                why = str(e).strip().splitlines()[0]
+                raise model.UserError(f"--compile: {why:.120}; install a C++ compiler, or leave out "
+                                      "--compile") from None
         tokens.copy_(new)
         if device.type != "cuda":
             return step()
@@ -391,7 +396,10 @@ def save_bases(folder, llama, plan, bases, method):
     """Write bases and plan to folder/bases.safetensors: whole or not at all. Raises UserError."""
     from safetensors.torch import save
     shape, numbers = fingerprint(llama)
-    bases = model.gather([pair and [Basis(*(x if x is None else x.cpu() for x in b)) for b in pair] for pair in bases])
+
+    def on_cpu(b):
+        return Basis(*(x if x is None else x.cpu() for x in b))
+    bases = model.gather([pair and tuple(map(on_cpu, pair)) for pair in bases])
     if model.place()[0] > 0:
         return
     tensors = {f"layers.{i}.{kind}.{part}": x.contiguous() for i, pair in enumerate(bases) if pair
@@ -413,9 +421,12 @@ def save_bases(folder, llama, plan, bases, method):
 
 def fits(b, d_c, config):
     """Whether a basis has d_c columns for this model and numbers that can be computed with."""
-    whole = b.down.shape == b.up.T.shape == (d_c, config.kv_width) and (b.down @ b.up).isfinite().all()
-    return whole and (b.turns is None or b.turns.shape == (d_c,) and b.turns.dtype == torch.int64
-                      and d_c % 2 == 0 and 0 <= b.turns.min() <= b.turns.max() < config.head_dim)
+    whole = b.down.shape == b.up.T.shape == (d_c, config.kv_width)
+    if b.turns is not None:
+        first, half = b.turns[:d_c // 2], config.head_dim // 2
+        whole &= b.turns.dtype == torch.int64 and torch.equal(b.turns, torch.cat((first, first + half)))
+        whole &= bool(((first >= 0) & (first < half)).all())
+    return whole and (b.down @ b.up).isfinite().all()
 
 
 def load_bases(folder, llama):
@@ -431,15 +442,18 @@ def load_bases(folder, llama):
         shape, numbers = fingerprint(llama)
         if about["model"] != shape or not torch.allclose(tensors["model"], numbers, 0.01, 1e-4):
             raise model.UserError(f"{path} was made for another model; make new ones with --save")
-        good = len(kappa) == len(ranks) == L and all(type(x) is float for pair in kappa for x in pair)
+        good = len(kappa) == len(ranks) == L
+        good &= all(type(x) is float for pair in kappa for x in pair)
         if not (good and all(type(x) is int and 1 <= x <= d_max for pair in ranks for x in pair)):
             raise ValueError
         like = llama.norm.weight
 
         def read(name):
             down, up, turns = (tensors.get(f"{name}.{part}") for part in Basis._fields)
-            return Basis(down.to(like), up.to(like), turns if turns is None else turns.to(like.device))
-        bases = [tuple(read(f"layers.{i}.{kind}") for kind in "kv") if pair != (d_max, d_max) else None
+            turns = turns if turns is None else turns.to(like.device)
+            return Basis(down.to(like), up.to(like), turns)
+        bases = [None if pair == (d_max, d_max) else
+                 tuple(read(f"layers.{i}.{kind}") for kind in "kv")
                  for i, pair in list(enumerate(ranks))[own]]
         if not all(fits(b, d_c, llama.config)
                    for pair, dims in zip(bases, ranks[own]) if pair for b, d_c in zip(pair, dims)):
@@ -485,7 +499,8 @@ def command_line():
     p = Parser(prog="lorc.py", description="LoRC and CSKV: a LLaMA that keeps a low-rank KV cache.",
                allow_abbrev=False)
     count, positive = within(int, 0, 10**9, "count"), within(int, 1, 10**9, "positive count")
-    fraction, more = within(float, 1e-6, 1, "fraction in (0, 1]"), within(int, 2, 10**9, "count > 1")
+    fraction = within(float, 1e-6, 1, "fraction in (0, 1]")
+    more = within(int, 2, 10**9, "count > 1")
     flag = p.add_argument
     flag("--model", default=str(Path(__file__).resolve().parent / "tiny"), metavar="PATH",
          help="A folder in Hugging Face layout, or a Hub id. Default: tiny/ beside lorc.py.")
@@ -516,10 +531,10 @@ def command_line():
     flag("--split", type=within(float, -1, 1, "number in [-1, 1]"), metavar="F",
          help="Kept fraction moved from keys to values. Default: 0.")
     flag("--basis", choices=["svd", "norm", "asvd", "whitened", "commuting"],
-         help="C: I, gamma^2, mean |x|, E[xx^T]. Default: svd; whitened with --calibrate. commuting: "
-              "keys in a basis that commutes with RoPE, from I or, with --calibrate, E[xx^T].")
+         help="C: I, gamma^2, mean |x|, E[xx^T]. Default: svd; whitened with --calibrate. "
+              "commuting: keys that need no rebuilding, from I or, with --calibrate, E[xx^T].")
     flag("--calibrate", metavar="FILE",
-         help="Text for asvd and whitened; its first 32 windows of up to 1,024 tokens are used.")
+         help="Text for asvd, whitened and commuting; its first 32 windows of up to 1,024 tokens are used.")
     flag("--bases", metavar="DIR", help="Use the bases and the plan that --save wrote.")
     flag("--sinks", type=count, metavar="N",
          help="Exact first tokens of the bi-branch cache; left out of calibration. Default: 4.")
@@ -536,7 +551,8 @@ def command_line():
     flag("--seed", type=count, metavar="N", help="Default: 0.")
     flag("--chat", action="store_true", help="Wrap the prompt in the model's own chat template.")
     flag("--compile", action="store_true",
-         help="Compile the decode step: slow to start, then fast; on CUDA one graph.")
+         help="Compile the decode step: slow to start, then fast; on CUDA one graph. A bi-branch "
+              "cache decodes uncompiled until its window is full.")
     flag("--context", type=more, metavar="N",
          help="Window length for --perplexity. Default: the model's maximum.")
     flag("--max-tokens", type=more, metavar="N", help="Score only the first N tokens.")
@@ -698,8 +714,8 @@ def speak(args, llama, tokenizer, ids, caches, bases, write):
     stream, out, tokens, errors = model.Stream(tokenizer, ids), [], [], []
     start, marks = torch.tensor([ids], device=llama.norm.weight.device), [time.perf_counter()]
     n, status = caches[0].capacity + 1 - len(ids), "ok"
-    steps = generate(llama, caches, start, n, tokenizer.ends, args.temperature, args.top_p, args.seed,
-                     args.compile)
+    steps = generate(llama, caches, start, n, tokenizer.ends, args.temperature, args.top_p,
+                     args.seed, args.compile)
     try:
         with measuring(llama, bases) as errors:
             tokens.append(next(steps))                                     # prefill
@@ -745,7 +761,8 @@ def run_one(args, llama, tokenizer, kind, job, plan, bases, write):
         n = min(args.max_new_tokens, llama.config.context - len(job) + 1)
         caches = new_caches(llama, kind, len(job) + n - 1, bases, **options)
         result = speak(args, llama, tokenizer, job, caches, bases, write)
-    return result | {"errors": model.gather(result["errors"]), "cache": held(llama, caches, kind, plan)}
+    errors = model.gather(result["errors"])
+    return result | {"errors": errors, "cache": held(llama, caches, kind, plan)}
 
 
 def run(args):
@@ -779,7 +796,7 @@ def run(args):
 def report(args, plan, runs, seconds):
     """The result for a program (--json, on standard output) or for a reader (on standard error)."""
     compressed = [r["errors"] for r in runs if r["cache"]["kind"] != "full" and r["errors"]]
-    errors = [tuple(map(max, zip(*layer))) for layer in zip(*compressed)]      # worst of all prompts
+    errors = [tuple(map(max, zip(*layer))) for layer in zip(*compressed)]     # worst of all prompts
     rows = plan_rows(plan, errors) if plan else []
     if args.json:
         print(json.dumps({"model": args.model, "plan": rows} | as_json(args, runs, seconds)))
@@ -794,9 +811,11 @@ def report(args, plan, runs, seconds):
             print(f"perplexity {r['perplexity']:.4f}")
         c = r["cache"]
         spent = seconds | {"prefill": r["prefill"], "decode": r["decode"]}
-        print(f"{c['kind']} cache: {size(c['bytes'])} held ({c['bytes']:,} bytes), a full one would hold "
-              f"{size(c['full_bytes'])} ({c['full_bytes']:,}): {c['bytes'] / c['full_bytes']:.1%}\n"
-              f"{r['tokens']} tokens; seconds: " + ", ".join(f"{k} {s:.2f}" for k, s in spent.items())
+        print(f"{c['kind']} cache: {size(c['bytes'])} held ({c['bytes']:,} bytes), "
+              f"a full one would hold {size(c['full_bytes'])} ({c['full_bytes']:,}): "
+              f"{c['bytes'] / c['full_bytes']:.1%}\n"
+              f"{r['tokens']} tokens; seconds: "
+              + ", ".join(f"{k} {s:.2f}" for k, s in spent.items())
               + ("\npeak memory: " + ", ".join(map(size, c["memory"])) if "memory" in c else ""),
               file=sys.stderr)
     for status in sorted({r["status"] for r in runs} - {"ok"}):
@@ -806,8 +825,9 @@ def report(args, plan, runs, seconds):
     if args.cache == "bibranch" or args.compare:
         print("The errors are of the low-rank part alone: exact tokens have none.", file=sys.stderr)
     elif worst > 0.3:
-        print(f"On this text the worst layer loses {worst:.0%} of its keys or values: read the text "
-              "with care. --cache bibranch with --calibrate FILE repairs most of it.", file=sys.stderr)
+        print(f"On this text the worst layer loses {worst:.0%} of its keys or values: read the "
+              "text with care. --cache bibranch with --calibrate FILE repairs most of it.",
+              file=sys.stderr)
 
 
 def plan_rows(plan, errors):
@@ -820,7 +840,7 @@ def plan_rows(plan, errors):
 
 
 def as_json(args, runs, seconds):
-    """What was run, as README lists it. Several prompts give a list of texts; --compare three objects."""
+    """What was run, as README lists it. Prompts give a list of texts; --compare three objects."""
     def one(results):
         texts = [r["text"] for r in results if "text" in r]
         return ({"cache": max((r["cache"] for r in results), key=lambda c: c["full_bytes"])}
@@ -828,7 +848,8 @@ def as_json(args, runs, seconds):
                 | {"perplexity": r["perplexity"] for r in results if "perplexity" in r}
                 | {"tokens": sum(r["tokens"] for r in results),
                    "status": next((r["status"] for r in results if r["status"] != "ok"), "ok"),
-                   "seconds": seconds | {k: sum(r[k] for r in results) for k in ("prefill", "decode")}})
+                   "seconds": seconds | {k: sum(r[k] for r in results)
+                                         for k in ("prefill", "decode")}})
     kinds = list(dict.fromkeys(r["cache"]["kind"] for r in runs))
     found = [one([r for r in runs if r["cache"]["kind"] == kind]) for kind in kinds]
     if args.compare:
@@ -853,7 +874,7 @@ def size(n):
 
 
 def print_plan(rows, plan, to):
-    """The table of layers: Eq. 10, Eq. 12, Eq. 13, and the error measured on the user's own text."""
+    """The table of layers: Eq. 10, Eq. 12, Eq. 13, and the error measured on the user's text."""
     measured = "error_k" in rows[0]
     print("layer  ln k(Wk)  ln k(Wv)   ln k~   d_k   d_v   kept"
           + "  |k-k~|/|k|  |v-v~|/|v|" * measured, file=to)
@@ -900,8 +921,8 @@ def answer(name, work):
         message = str(e)
     except model.UserError as e:
         message = str(e)
-    except (MemoryError, RuntimeError) as e:
-        if type(e) is RuntimeError and "allocate" not in str(e):
+    except (MemoryError, RuntimeError) as e:         # PyTorch says it of the CPU with a RuntimeError
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(e):
             raise
         message = "not enough memory for this model, text and number of new tokens; ask for less"
     print(f"{name}: {' '.join(message.split()):.400}", file=sys.stderr)

@@ -54,7 +54,7 @@ class Config:
     context: int          # N, positions the model was made for
     eps: float            # in RMSNorm
     tied: bool            # the output head is the embedding
-    rope: dict            # rope_type, rope_theta and that type's own numbers
+    rope: dict            # type, theta and that type's own numbers
 
     @property
     def kv_width(self) -> int:
@@ -265,7 +265,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config, self.rope = config, Rope(config)
         self.before = self.after = None                            # the neighbouring processes
-        table = torch.empty(config.vocab, config.width)            # else drawn, which loads a compiler
+        table = torch.empty(config.vocab, config.width)        # else drawn, which loads a compiler
         self.embed = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, config.eps)

@@ -1,6 +1,7 @@
 """The bounds of Sec. 5 and App. A: as printed, as corrected, and two that the papers only hint at.
 
     Thm. 1, Eq. 14      theorem_1            one matrix; attained at x = v_{k+1}
+                        theorem_1_commuting  in a basis that commutes with RoPE, by frequency
     Thm. 2, Eq. 15      theorem_2            one matrix and an elementwise phi with |phi'| <= L_phi
     Thm. 3, Eq. 16      theorem_3_printed    false: it forgets ||x~_{i-1}|| and one L_phi [E11]
                         theorem_3            corrected
@@ -57,6 +58,19 @@ def theorem_2(W, k, x, L_phi):
     return L_phi * theorem_1(W, k, x)
 
 
+def theorem_1_commuting(Wk, d_c, d):
+    """Bounds on ||k_j - k~_j|| / ||x|| at each frequency j, (d/2,): Thm. 1 in lorc.commuting_basis.
+
+    The largest singular value dropped at j. The largest of all j bounds every frequency, but not
+    the whole key: frequencies can lose the same direction of x, and their squares add.
+    """
+    turns = lorc.commuting_basis(Wk, d_c, d).turns[:d_c // 2]
+    Z = torch.complex(*Wk.double().unflatten(0, (-1, 2, d // 2)).unbind(1)).transpose(0, 1)
+    values = torch.linalg.svdvals(Z)                                 # (d/2, min(G, D)), falling
+    values = F.pad(values, (0, 1 + Z.shape[1] - values.shape[1]))
+    return values.gather(1, turns.bincount(minlength=d // 2)[:, None])[:, 0]
+
+
 # Sec. 5.3: a network -----------------------------------------------------------------------------
 
 def forward(Ws, x, phi):
@@ -93,8 +107,9 @@ def theorem_3(Ws, ks, L_phi, x_tilde):
 def theorem_3_a_priori(Ws, ks, L_phi, x):
     """Thm. 3 without x~: L_phi^L ||x|| sigma_{k_i+1} prod_{j != i} ||W_j||, for phi(0) = 0 [E12].
 
-    Because ||W~_j|| <= ||W_j||, so ||x~_{i-1}|| <= L_phi^(i-1) ||x|| prod_{j<i} ||W_j||. The product is the same for every
-    layer but for its own ||W_i||: nothing here says that shallow layers matter more.
+    Because ||W~_j|| <= ||W_j||, so ||x~_{i-1}|| <= L_phi^(i-1) ||x|| prod_{j<i} ||W_j||. The
+    product is the same for every layer but for its own ||W_i||: nothing here says that shallow
+    layers matter more.
     """
     whole = L_phi ** len(Ws) * norm(x)
     return [whole * sigma(W, k + 1) * after(Ws, i) * math.prod(norm(V) for V in Ws[:i])
@@ -169,7 +184,8 @@ def own_text(llama, prompt, length=512):
     """Tokens (1, T): the prompt and what the model draws after it, at temperature 1, seed 0."""
     n = min(length, llama.config.context) - len(prompt)
     if not prompt or n < 1:
-        raise model.UserError(f"the prompt has {len(prompt)} tokens; give 1 to {n + len(prompt) - 1}")
+        most = n + len(prompt) - 1
+        raise model.UserError(f"the prompt has {len(prompt)} tokens; give 1 to {most}")
     start = torch.tensor([prompt])
     caches = lorc.new_caches(llama, "full", len(prompt) + n)
     new = lorc.generate(llama, caches, start, n, temperature=1.0)
@@ -230,7 +246,7 @@ def table(llama, tokens, kept):
 
 
 def square_net(llama):
-    """A net in the theorem's shape, of real numbers: the largest square corner of each layer's Wk."""
+    """A net in the theorem's shape, of real numbers: the largest square corner of each Wk."""
     m = min(llama.config.kv_width, llama.config.width)
     return [layer.attn.Wk.weight.double()[:m, :m] for layer in llama.layers]
 
@@ -240,7 +256,8 @@ def main(argv=None):
         prog="theory.py", allow_abbrev=False,
         description="Bound against measured error on a checkpoint's own activations.")
     p.add_argument("--model", default=str(model.Path(__file__).resolve().parent / "tiny"))
-    p.add_argument("--kept", type=lorc.within(float, 0.01, 0.99, "fraction in [0.01, 0.99]"), default=0.6)
+    fraction = lorc.within(float, 0.01, 0.99, "fraction in [0.01, 0.99]")
+    p.add_argument("--kept", type=fraction, default=0.6)
     p.add_argument("--prompt", default="Once upon a time",
                    help="The model goes on from here, and its text is measured.")
     args = p.parse_args(argv)

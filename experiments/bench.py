@@ -75,7 +75,7 @@ def filled(llama, name, kept, B, context, steps):
         cache.n = context - steps
         for store in (cache, *(x for x in vars(cache).values() if hasattr(x, "append"))):
             if store is not cache:
-                store.n = cache.n - cache.sinks - cache.window
+                store.n = max(0, cache.n - cache.sinks - cache.window)
             for x in vars(store).values():
                 if isinstance(x, torch.Tensor):
                     x.random_(0, 256) if x.dtype == torch.uint8 else x.normal_()
@@ -226,6 +226,9 @@ def main():
         llama = (model.load(args.model, dtype, args.device) if args.model
                  else random_model(shape(args.shape), dtype, args.device))
         result = provenance(args.device, args.commit) | {"tables": []}
+        if args.transformers:
+            import transformers
+            result["transformers"] = transformers.__version__
         for context in args.context:
             torch._dynamo.reset()
             result["tables"].append(measure(argparse.Namespace(**vars(args) | {"context": context}), llama))

@@ -1,15 +1,19 @@
 """App. C, made possible: keys in a basis that commutes with RoPE against the joint basis.
 
-Both calibrated, bi-branch, at equal bytes. A commuting basis mixes heads at one frequency only, so
-it needs more numbers for the same keys; its cached keys need no rebuilding (experiments/bench.py
-times that). Each budget at several splits between keys and values; drawn is each basis's best.
+Both calibrated, bi-branch, at bytes equal to a rank or two. A commuting basis mixes heads at one
+frequency only, so it needs more numbers for the same keys; its cached keys need no rebuilding
+(experiments/bench.py times that). Each budget at several splits between keys and values; drawn is
+each basis's best.
 
     python experiments/commuting.py --model PATH --text FILE --calibrate OTHER_FILE
 """
+import json
 import sys
 
 import study as shared
 
+TIMED = (("bench-llama-3-8b-b64", "64 x 2,048 tokens", "o"),
+         ("bench-llama-3-8b-b4-32k", "4 x 32,768", "s"))
 KEPT = (0.4, 0.5, 0.6, 0.7, 0.8)
 SPLITS = (-0.2, -0.15, -0.1, -0.05, 0, 0.05, 0.1, 0.15, 0.2)
 
@@ -43,6 +47,37 @@ def plot(found):
             [(r["label"], r["wanted"], r["split"], f"{r['perplexity']:.2f}",
               f"{r['perplexity'] / full['perplexity'] - 1:+.1%}",
               f"{r['bytes'] / r['full_bytes']:.1%}") for r in best(others)])
+    yield from speed(found)
+
+
+def speed(found):
+    """Time of a decode step (LLaMA-3-8B's shape, kept 0.5, bench.py) against perplexity at that budget."""
+    name = next((name for name in found if name.startswith("SmolLM2")), None)
+    if not name:
+        return
+    full, others = shared.split_full(found[name]["rows"])
+    at_half = {r["label"]: r["perplexity"] for r in best(others) if r["wanted"] == 0.5}
+    points = {"full": full["perplexity"], "compressed": at_half["joint basis"],
+              "commuting": at_half["commuting basis"]}
+    plt = shared.pyplot()
+    fig, ax = plt.subplots(figsize=(4.2, 2.6), layout="constrained")
+    for file, label, marker in TIMED:
+        rows = json.loads((shared.HERE / "results" / f"{file}.json").read_text())["tables"][0]["rows"]
+        x = [rows[f"{cache} compiled"]["ms"] / rows["full compiled"]["ms"] for cache in points]
+        ax.plot(x, points.values(), marker, color="0.15", label=label,
+                markerfacecolor="white" if marker == "s" else "0.15")
+    for cache, text in (("full", "full cache"), ("compressed", "joint basis, keys rebuilt"),
+                        ("commuting", "commuting basis, nothing rebuilt")):
+        right = cache == "compressed"
+        at = max(x) if right else min(rows[f"{cache} compiled"]["ms"] / rows["full compiled"]["ms"], 1)
+        ax.annotate(text, (at, points[cache]), xytext=(0 if right else 6, 9), textcoords="offset points",
+                    ha="right" if right else "left", fontsize=7)
+    ax.set_xlabel("decode step, times the full cache's (LLaMA-3-8B's shape)")
+    ax.set_ylabel("perplexity (SmolLM2-135M)")
+    ax.set_xlim(0.8, 2.5)
+    ax.margins(y=0.25)
+    ax.legend(loc="upper right")
+    yield "commuting_speed", fig
 
 
 if __name__ == "__main__":

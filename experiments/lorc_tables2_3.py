@@ -25,8 +25,7 @@ def row(name, shape, dim_c, whole):
     layers, heads, kv_heads, head_dim, width = shape
     llama = shared.shape_only(model.Config(          # its MLP and vocabulary do not matter here
         vocab=8, width=width, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
-        mlp=8, context=LENGTH, eps=1e-5, tied=True,
-        rope={"rope_type": "default", "rope_theta": 1e4}))
+        mlp=8, context=LENGTH, eps=1e-5, tied=True, rope={"type": "default", "theta": 1e4}))
     d_max = kv_heads * head_dim
     ranks = [(d_max, d_max)] * whole + [(dim_c, dim_c)] * (layers - whole)
     full, ours = (shared.held(llama, kind, ranks, LENGTH, BATCH) for kind in ("full", "compressed"))

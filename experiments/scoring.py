@@ -82,6 +82,7 @@ def continue_until(llama, tokenizer, prompt, make_caches, n, stops=()):
     The text ends before the first stop string. A prompt that leaves no room for n tokens is cut on
     the left.
     """
+    n = min(n, llama.config.context)
     prompt = prompt[-max(1, llama.config.context - n):]
     caches, out, text = make_caches(len(prompt) + n - 1, 1), [], ""
     start = torch.tensor([prompt], device=llama.embed.weight.device)
