@@ -579,7 +579,7 @@ def settle(p, args):
         leave_out([*PLAN_FLAGS, "bases"], "--cache full keeps everything")
     if args.cache != "bibranch" and not args.compare:
         leave_out(["window", "bits"] + ["sinks"] * (args.calibrate is None),
-                  "only --cache bibranch has two branches")
+                  "only --cache bibranch has two branches, and only --calibrate leaves sinks out")
     if args.prompt is None and args.perplexity is None:
         leave_out(["compare", "cache", "window", "bits"],
                   "no cache is filled without --prompt or --perplexity")
@@ -603,11 +603,14 @@ def settle(p, args):
 
 
 def read_text(path):
-    """A text file, or standard input for -. Raises UserError when there is no text in it."""
+    """A text file, or standard input for -; a line ends with one newline, also where it had CR LF.
+
+    Raises UserError when there is no text in it.
+    """
     name = "standard input" if path == "-" else path
     try:
         data = sys.stdin.buffer.read() if path == "-" and sys.stdin else Path(path).read_bytes()
-        text = data.decode("utf-8")
+        text = data.decode("utf-8").replace("\r\n", "\n")
     except OSError as e:
         raise model.UserError(f"{name}: {e.strerror or e}") from None
     except UnicodeDecodeError as e:
@@ -823,10 +826,12 @@ def report(args, plan, runs, seconds):
                "interrupted": "interrupted"}[status], file=sys.stderr)
     worst = max((max(e) for e in errors), default=0)
     if args.cache == "bibranch" or args.compare:
-        print("The errors are of the low-rank part alone: exact tokens have none.", file=sys.stderr)
+        print("The errors are of the low-rank part alone: exact tokens have none, and rounding to "
+              "4 bits is not in them.", file=sys.stderr)
     elif worst > 0.3:
         print(f"On this text the worst layer loses {worst:.0%} of its keys or values: read the "
-              "text with care. --cache bibranch with --calibrate FILE repairs most of it.",
+              "text with care. --cache bibranch"
+              f"{' with --calibrate FILE' * (args.calibrate is None)} repairs most of it.",
               file=sys.stderr)
 
 
@@ -894,7 +899,7 @@ def print_comparison(runs):
         for r, same in zip(of_kind, agree):
             c = r["cache"]
             last = (f"perplexity {r['perplexity']:.4f}" if "perplexity" in r
-                    else f"agrees with full for {same} of {r['tokens']} tokens")
+                    else f"first {same} of {r['tokens']} tokens as with the full cache")
             print(f"{kind:10s}  {c['bytes']:12,}  {c['bytes'] / c['full_bytes']:7.1%}  "
                   f"{r['prefill']:9.2f}  {r['decode']:8.2f}  {last}")
     for r in runs:

@@ -1690,8 +1690,8 @@ WRONG = [line.split(" -> ") for line in """
 --prompt w1 --cache full --kept 0.5 -> --cache full keeps everything; leave out --kept
 --prompt w1 --cache full --bases x  -> --cache full keeps everything; leave out --bases
 --prompt w1 --compare --cache full  -> --compare runs all three caches; leave out --cache
---prompt w1 --sinks 1   -> only --cache bibranch has two branches; leave out --sinks
---prompt w1 --bits 4    -> only --cache bibranch has two branches; leave out --bits
+--prompt w1 --sinks 1   -> only --cache bibranch has two branches, and only --calibrate leaves sinks out; leave out --sinks
+--prompt w1 --bits 4    -> only --cache bibranch has two branches
 --prompt w1 --cache bibranch --window -1             -> --window: should be a count, not '-1'
 --prompt w1 --cache bibranch --sinks 1e3             -> --sinks: should be a count, not '1e3'
 --prompt w1 --cache bibranch --bits 3                -> --bits: should be a number, 16 or 4, not '3'
