@@ -1049,7 +1049,13 @@ def test_compare_runs_the_three_caches(capsys):
     status, out, err = cli(capsys, "--model", REAL, "--prompt", "Once upon a time", "--compare", "--max-new-tokens", 8)
     rows = [line.split() for line in out.splitlines() if line.split()[:1] in (["full"], ["compressed"], ["bibranch"])]
     assert status == 0 and [r[0] for r in rows] == ["full", "compressed", "bibranch"]
-    assert rows[0][2] == "100.0%" and rows[0][-4] == rows[0][-2]
+    first = rows[0].index("first")
+    assert rows[0][2] == "100.0%" and rows[0][first + 1] == rows[0][first + 3]
+
+
+def test_a_text_with_carriage_returns_is_the_text_without(tmp_path):
+    (tmp_path / "dos").write_bytes(b"One day\r\na cat\r\n")
+    assert lorc.read_text(tmp_path / "dos") == "One day\na cat\n"
 
 
 def test_saved_bases_give_the_same_text_and_fit_no_other_model(tmp_path, capsys):
