@@ -708,6 +708,7 @@ def held(llama, caches, kind, plan):
     peak = [torch.cuda.max_memory_allocated()] if llama.norm.weight.is_cuda else []
     return {"kind": kind, "bytes": sum(model.gather([c.nbytes for c in caches])),
             "full_bytes": full_bytes(llama, caches[0].capacity),
+            "dtype": str(llama.norm.weight.dtype)[6:],
             "kept": 1.0 if kind == "full" else plan.kept} | (
                 {"memory": model.gather(peak)} if peak else {})
 
@@ -815,7 +816,7 @@ def report(args, plan, runs, seconds):
         c = r["cache"]
         spent = seconds | {"prefill": r["prefill"], "decode": r["decode"]}
         print(f"{c['kind']} cache: {size(c['bytes'])} held ({c['bytes']:,} bytes), "
-              f"a full one would hold {size(c['full_bytes'])} ({c['full_bytes']:,}): "
+              f"a full one in {c['dtype']} {size(c['full_bytes'])} ({c['full_bytes']:,}): "
               f"{c['bytes'] / c['full_bytes']:.1%}\n"
               f"{r['tokens']} tokens; seconds: "
               + ", ".join(f"{k} {s:.2f}" for k, s in spent.items())

@@ -1027,6 +1027,7 @@ def test_json_reports_the_bytes_of_the_tensors_held(capsys, real):
     capacity = len(real[1].encode("Once upon a time")) + 4
     assert status == 0 and got["cache"]["kind"] == "compressed" and isinstance(got["text"], str)
     assert got["cache"]["full_bytes"] == 4 * capacity * 2 * c.layers * c.kv_width
+    assert got["cache"]["dtype"] == "float32"
     assert got["cache"]["bytes"] == 4 * capacity * sum(r["d_k"] + r["d_v"] for r in got["plan"])
     assert abs(got["cache"]["kept"] - 0.6) <= 0.5 / c.kv_width and got["tokens"] == 5
     assert set(got["seconds"]) == {"load", "bases", "prefill", "decode"}
