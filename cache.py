@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import einsum
 
-BLOCK = 2**15      # keys rebuilt at a time, over the whole batch: bounds the memory of an eager step
+BLOCK = 2**15      # keys rebuilt at a time, over the batch: bounds the memory of an eager step
 GROUP = 32         # tokens that share one scale and one minimum in the 4-bit store
 
 
@@ -157,8 +157,8 @@ class CompressedCache:
 
     The rotation stands between U_k and the cached key and depends on that key's position, so U_k
     cannot be folded into the query (Eq. 7 fails, [E4]) unless it commutes with the rotation: keys
-    are rebuilt, then rotated. Nothing
-    stands between U_v and the values: latents are mixed, the mixture expanded (Eq. 9, [E5], [E18]).
+    are rebuilt, then rotated. Nothing stands between U_v and the values: latents are mixed, the
+    mixture expanded (Eq. 9, [E5], [E18]).
     """
 
     settled = True

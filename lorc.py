@@ -310,7 +310,8 @@ def compiled(llama, caches, B=1):
     """The decode step, tokens (B, 1) -> logits (B, V), for every place after what the caches hold.
 
     No shape tells the place, a tensor does: what is compiled once serves to the end. On CUDA the
-    first call compiles, the second records all kernels as one graph, later ones launch it.
+    first call compiles, the second records all kernels as one graph, later ones launch it; the
+    logits are then one buffer, written over by the next call.
     Raises UserError where there is no compiler.
     """
     assert all(cache.settled for cache in caches)
@@ -332,9 +333,9 @@ def compiled(llama, caches, B=1):
             try:
                 return step()
             except torch._dynamo.exc.TorchDynamoException as e:
-                why = str(e).strip().splitlines()[0]
-                raise model.UserError(f"--compile: {why:.120}; install a C++ compiler, or leave out "
-                                      "--compile") from None
+                why = " ".join(str(e).split("\n\n")[0].split())          # then come PyTorch's hints
+                raise model.UserError(f"--compile: {why:.160}; install a C++ compiler, or leave "
+                                      "out --compile") from None
         tokens.copy_(new)
         if device.type != "cuda":
             return step()
@@ -424,7 +425,8 @@ def fits(b, d_c, config):
     whole = b.down.shape == b.up.T.shape == (d_c, config.kv_width)
     if b.turns is not None:
         first, half = b.turns[:d_c // 2], config.head_dim // 2
-        whole &= b.turns.dtype == torch.int64 and torch.equal(b.turns, torch.cat((first, first + half)))
+        whole &= b.turns.dtype == torch.int64
+        whole &= torch.equal(b.turns, torch.cat((first, first + half)))
         whole &= bool(((first >= 0) & (first < half)).all())
     return whole and (b.down @ b.up).isfinite().all()
 
@@ -534,7 +536,8 @@ def command_line():
          help="C: I, gamma^2, mean |x|, E[xx^T]. Default: svd; whitened with --calibrate. "
               "commuting: keys that need no rebuilding, from I or, with --calibrate, E[xx^T].")
     flag("--calibrate", metavar="FILE",
-         help="Text for asvd, whitened and commuting; its first 32 windows of up to 1,024 tokens are used.")
+         help="Text for asvd, whitened and commuting; its first 32 windows of up to 1,024 tokens "
+              "are used.")
     flag("--bases", metavar="DIR", help="Use the bases and the plan that --save wrote.")
     flag("--sinks", type=count, metavar="N",
          help="Exact first tokens of the bi-branch cache; left out of calibration. Default: 4.")
@@ -927,7 +930,7 @@ def answer(name, work):
         message = str(e)
     except model.UserError as e:
         message = str(e)
-    except (MemoryError, RuntimeError) as e:         # PyTorch says it of the CPU with a RuntimeError
+    except (MemoryError, RuntimeError) as e:        # PyTorch says it of the CPU with a RuntimeError
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(e):
             raise
         message = "not enough memory for this model, text and number of new tokens; ask for less"

@@ -854,6 +854,17 @@ def test_a_compiled_step_says_the_same_and_is_compiled_once(small, kind, plan, m
     assert eager == compiled
 
 
+def test_a_step_that_cannot_be_compiled_says_what_to_do(small, monkeypatch):
+    """As where no C++ compiler is found: one line, not a traceback."""
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler")
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: real(f, backend=broken))
+    torch._dynamo.reset()
+    with pytest.raises(model.UserError, match="no compiler.*leave out --compile"):
+        list(lorc.generate(small, full(small, 20), torch.arange(9)[None], 5, compile=True))
+
+
 def test_the_whole_model_equals_one_with_smaller_weights(real):
     """Compressing the cache = replacing Wk by U U^T Wk and Wv by U U^T Wv, nothing else."""
     llama, _, tokens = real
@@ -1567,8 +1578,10 @@ TEXT = str(HERE / "tiny" / "README.md")
      lambda r: r["caches"]["bibranch"]["bfloat16"]["perplexity"]),
     ("svd_speed", ["--sample", 1], lambda r: r["numpy_float64_over_ours"]),
 ])
-def test_every_other_experiment_runs_at_its_smallest(script, flags, read, tmp_path, monkeypatch, capsys):
-    """On tiny/, to a result file with the number that README or the next script reads, and its origin."""
+def test_other_experiments_run_at_their_smallest(script, flags, read, tmp_path, monkeypatch, capsys):
+    """On tiny/, to a result file with the number that README or the next script reads, and its origin.
+
+    Not here: what needs lm_eval, transformers, CUDA, the network or a teacher."""
     monkeypatch.syspath_prepend(str(HERE / "experiments"))
     module, out = importlib.import_module(script), tmp_path / ("" if script == "distill" else "result.json")
     monkeypatch.setattr(module, "ROWS", 32, raising=False)               # svd_speed's matrices

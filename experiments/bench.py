@@ -71,15 +71,20 @@ def filled(llama, name, kept, B, context, steps):
     kind, bits, commuting = CACHES[name]
     bases = None if kind == "full" else random_bases(llama, kept, commuting)
     caches = lorc.new_caches(llama, kind, context, bases, B, **({"bits": bits} if kind == "bibranch" else {}))
+    fill(caches, context - steps)
+    return caches
+
+
+def fill(caches, n):
+    """Random numbers in every buffer, as if n tokens had come."""
     for cache in caches:
-        cache.n = context - steps
+        cache.n = n
         for store in (cache, *(x for x in vars(cache).values() if hasattr(x, "append"))):
             if store is not cache:
                 store.n = max(0, cache.n - cache.sinks - cache.window)
             for x in vars(store).values():
                 if isinstance(x, torch.Tensor):
                     x.random_(0, 256) if x.dtype == torch.uint8 else x.normal_()
-    return caches
 
 
 def intervals(step, tokens, steps):

@@ -1,7 +1,8 @@
 """Memory above the weights: a LLaMA-3-8B-shaped random model at batch 64 and length 2,048 (Table 2).
 
 The caches are filled with random numbers up to their last token; then one decode step runs, and the
-peak over it is read. Bases count, as they should. CUDA only.
+peak over it is read. Bases count, as they should. Then the largest batch that fits, cache by cache.
+CUDA only.
 
     python experiments/memory.py [--kept 0.6] [--out FILE] [--commit HASH]
 """
@@ -13,20 +14,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lorc
-from bench import filled, random_model, shape
+from bench import fill, filled, random_model, shape
 from record import HERE, provenance, write
 
 
-def peak_of_a_step(llama, kind, bases, B, length, **bibranch):
+def peak_of_a_step(llama, kind, bases, B, length):
     """(bytes of the caches, peak bytes above what was there before them) over one decode step."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    caches = lorc.new_caches(llama, kind, length, bases, B, **bibranch)
-    for cache in caches:
-        for name, x in vars(cache).items():
-            if isinstance(x, torch.Tensor):
-                x.normal_()
-        cache.n = length - 1
+    caches = lorc.new_caches(llama, kind, length, bases, B)
+    fill(caches, length - 1)
     tokens = torch.zeros(B, 1, dtype=torch.long, device="cuda")
     llama(tokens, caches).argmax(-1).cpu()
     return sum(c.nbytes for c in caches), torch.cuda.max_memory_allocated() - before
