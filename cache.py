@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import einsum
 
-BLOCK = 2**15      # keys rebuilt at a time, over the batch: bounds the memory of an eager step
-GROUP = 32         # tokens that share one scale and one minimum in the 4-bit store
+BLOCK = {"cpu": 2**22, "cuda": 2**26}      # bytes of keys rebuilt at a time: what stays near a core
+GROUP = 32                                 # tokens that share one scale and minimum in 4 bits
 
 
 class Basis(NamedTuple):
@@ -74,6 +74,11 @@ class Basis(NamedTuple):
         U = self.up.unflatten(0, (-1, d))                            # (G, d, d_c)
         folded = einsum("btgrd,gdc->btgrc", q.unflatten(2, (len(U), -1)) * d**-0.5, U).flatten(2, 3)
         return einsum("bthc,bsc->bths", folded, c)
+
+    def block(self, B):
+        """Tokens of B sequences that an eager step rebuilds at a time, a multiple of GROUP."""
+        size = BLOCK.get(self.up.device.type, BLOCK["cuda"]) // (B * self.up[:, 0].nbytes)
+        return max(1, size // GROUP) * GROUP
 
     def heads(self, o, d):
         """Mixed latents (B, T, H, d_c) -> (B, T, H, d): Eq. 9, head i with its rows of U [E2]."""
@@ -177,7 +182,7 @@ class CompressedCache:
         if q.shape[1] > 1:                           # many queries: rebuild once, attend fused
             keys = self.K.keys(c_k, rope, slice(0, self.n), self.d)
             return attention(q, keys, self.V.expand(c_v, self.d))
-        step = max(1, BLOCK // len(q))
+        step = self.K.block(len(q))
         blocks = [slice(i, min(i + step, self.n)) for i in range(0, self.n, step)]
         p = softmax(torch.cat([self.K.scores(q, c_k[:, b], rope, b) for b in blocks], -1))
         return self.V.heads(einsum("bths,bsc->bthc", p, c_v), self.d)
@@ -291,8 +296,8 @@ class Latents4:
         packed = self.packed[:, at.start * GROUP // 2:at.stop * GROUP // 2]
         codes = torch.stack((packed & 15, packed >> 4), 2).flatten(1, 2)
         old = dequantize(codes, self.low[:, at], self.step[:, at])
-        late = slice(max(0, span.start - done * GROUP), max(0, span.stop - done * GROUP))
-        return torch.cat((old[:, :span.stop - span.start], self.waiting[:, late]), 1)
+        late = self.waiting[:, :max(0, span.stop - done * GROUP)]
+        return torch.cat((old[:, :span.stop - span.start], late), 1)
 
     def put(self, c, at):
         """Append c (B, 1, d_c) at place `at`; the group it is in is written when it is full."""
@@ -388,7 +393,7 @@ class BiBranchCache:
         """One query over both branches, one softmax: q (B, 1, H, d), rotated -> (B, 1, H, d)."""
         first, between, ring = self.branches()
         a, m = first.stop, between.stop - between.start
-        size = max(GROUP, BLOCK // len(q) // GROUP * GROUP)
+        size = self.K.block(len(q))
         blocks = [slice(i, min(i + size, m)) for i in range(0, m, size)]
         keys = [rope(self.sink_k[:, :a], first), rope(self.ring_k[:, :len(ring)], ring)]
         s = [scores(q, k) for k in keys]

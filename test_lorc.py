@@ -799,14 +799,12 @@ def test_full_rank_is_the_full_cache_and_blocks_change_nothing(case, block):
     rope, chunks, q, k, v, g = case
     B, T, G, d = k.shape
     Q = torch.linalg.qr(torch.randn(G * d, G * d, generator=g, dtype=torch.float64))[0]
-    whole, before = Basis(Q.T, Q), cache.BLOCK
-    try:
-        cache.BLOCK = block
+    whole = Basis(Q.T, Q)
+    with pytest.MonkeyPatch.context() as small:
+        small.setattr(Basis, "block", lambda self, B: block)
         for split in ([T], chunks, [1] * T):
             want = feed(FullCache(B, T, G, d, torch.float64), rope, q, k, v, split)
             assert close(feed(CompressedCache(B, T, whole, whole, d), rope, q, k, v, split), want)
-    finally:
-        cache.BLOCK = before
 
 
 @settings(max_examples=20)
@@ -1127,17 +1125,19 @@ def test_two_processes_say_what_one_says_bit_for_bit(tmp_path, capsys):
     """Logits of every cache; texts, plans, errors, bytes, perplexity, saved bases. And a wrong flag gives one
     line. Kills: a share that starts a layer late, errors or bytes of one process only, two that speak."""
     one, two = tmp_path / "one", tmp_path / "two"
-    want = everything_in_these_processes(one)
     program = f"import sys, test_lorc; sys.exit(test_lorc.one_of_two({str(two)!r}))"
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           "--no-python", sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True)
-    said = [[json.loads(line, object_hook=untimed) for line in out.splitlines()] for out in (capsys.readouterr().out, done.stdout)]
-    assert len(said[0]) == 5 and said[1] == said[0], done.stderr
+    with subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           "--no-python", sys.executable, "-c", program], cwd=HERE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as started:
+        want = everything_in_these_processes(one)
+        out, err = started.communicate()
+    said = [[json.loads(line, object_hook=untimed) for line in lines.splitlines()] for lines in (capsys.readouterr().out, out)]
+    assert len(said[0]) == 5 and said[1] == said[0], err
     got = torch.load(two / "logits")
     assert all(torch.equal(got[name], want[name]) for name in want) and len(want) == 4
     saved = [load_file(folder / "bases.safetensors") for folder in (one, two)]
     assert saved[0].keys() == saved[1].keys() and all(torch.equal(x, saved[1][name]) for name, x in saved[0].items())
-    assert done.stderr.count("lorc: ") == 1 and "lorc: --kept 0.05 cannot" in done.stderr and done.returncode == 1
+    assert err.count("lorc: ") == 1 and "lorc: --kept 0.05 cannot" in err and started.returncode == 1
 
 
 # CSKV: two branches, four bits --------------------------------------------------------- property ---
@@ -1197,14 +1197,17 @@ def test_sinks_and_window_are_bit_identical_at_every_step(case, sinks, window, d
 @settings(max_examples=25)
 @given(st.data(), st.integers(0, 3), st.integers(0, 40), st.sampled_from([16, 4]), st.integers(1, 120))
 def test_scoring_a_text_in_one_pass_is_decoding_it_token_by_token(data, sinks, window, bits, T):
-    """The decode regime by masks: also which latents wait unquantized at each step (group edges at 32)."""
+    """The decode regime by masks: also which latents wait unquantized at each step (group edges at 32), read in
+    several blocks."""
     G, d, B, g = 2, 4, 2, torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
     rope = model.Rope(model.Config(9, 8, 1, 4, G, d, 8, 512, 1e-5, True, {"type": "default", "theta": 100.0}))
     q, k, v = (torch.randn(B, T, h, d, generator=g, dtype=torch.float64) for h in (4, G, G))
     rope.reserve(T, q)
     K, V = (random_basis(data.draw, G * d, g) for _ in range(2))
     make = lambda **more: BiBranchCache(B, T, K, V, d, sinks=sinks, window=window, bits=bits, **more)  # noqa: E731
-    assert close(make(strict=True).attend(q, k, v, rope), feed(make(), rope, q, k, v, [1] * T))
+    with pytest.MonkeyPatch.context() as small:
+        small.setattr(Basis, "block", lambda self, B: cache.GROUP)
+        assert close(make(strict=True).attend(q, k, v, rope), feed(make(), rope, q, k, v, [1] * T))
 
 
 @settings(max_examples=5)

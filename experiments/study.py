@@ -217,14 +217,19 @@ def measure_and_save(script, study):
 
 
 def draw(script, args):
-    """Write what one script's `plot` yields: pictures as PNG, tables as Markdown."""
-    args.figures.mkdir(parents=True, exist_ok=True)
+    """What one script's `plot` makes of its results."""
     found = results(args.out, Path(script.__file__).stem)
-    for name, drawn in script.plot(found) if found else ():
-        if isinstance(drawn, str):
-            (args.figures / f"{name}.md").write_text(drawn)
+    keep(script.plot(found) if found else (), args.figures)
+
+
+def keep(drawn, folder):
+    """Write pairs of a name and a picture, as PNG, or a table, as Markdown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, it in drawn:
+        if isinstance(it, str):
+            (folder / f"{name}.md").write_text(it)
         else:
-            drawn.savefig(args.figures / f"{name}.png", bbox_inches="tight")
+            it.savefig(folder / f"{name}.png", bbox_inches="tight")
         print("drew", name, flush=True)
 
 
