@@ -241,7 +241,7 @@ class Latents:
 
 
 def quantize(c):
-    """Latents (B, 32*j, d_c) -> codes 0..15 in the same shape, and minimum and step (B, j, 1, d_c).
+    """Latents (B, 32*j, d_c) -> codes (B, 16*j, d_c), two to a byte, minimum, step (B, j, 1, d_c).
 
     Per channel, in groups of 32 tokens: channels differ in scale, tokens do not. The minimum is a
     number like any other; CSKV's code clamps it so that a group away from zero is lost [E31].
@@ -250,11 +250,13 @@ def quantize(c):
     low = groups.amin(2, keepdim=True)
     step = (groups.amax(2, keepdim=True) - low) / 15
     codes = ((groups - low) / step.where(step > 0, 1)).round().clamp(0, 15)
-    return codes.flatten(1, 2).to(torch.uint8), low, step
+    codes = codes.flatten(1, 2).to(torch.uint8)
+    return codes[:, ::2] | codes[:, 1::2] << 4, low, step
 
 
-def dequantize(codes, low, step):
+def dequantize(packed, low, step):
     """The inverse of quantize, to half a step."""
+    codes = torch.stack((packed & 15, packed >> 4), 2).flatten(1, 2)
     return (codes.unflatten(1, (-1, GROUP)) * step + low).flatten(1, 2)
 
 
@@ -282,11 +284,8 @@ class Latents4:
         c = torch.cat((self.waiting[:, :held], c), 1)
         new = self.n // GROUP - done
         if new:
-            codes, low, step = quantize(c[:, :new * GROUP])
-            at = slice(done, done + new)
-            half = slice(done * GROUP // 2, (done + new) * GROUP // 2)
-            self.packed[:, half] = codes[:, ::2] | codes[:, 1::2] << 4
-            self.low[:, at], self.step[:, at] = low, step
+            at, half = slice(done, done + new), slice(done * GROUP // 2, (done + new) * GROUP // 2)
+            self.packed[:, half], self.low[:, at], self.step[:, at] = quantize(c[:, :new * GROUP])
         self.waiting[:, :self.n % GROUP] = c[:, new * GROUP:]
 
     def read(self, span):
@@ -294,8 +293,7 @@ class Latents4:
         done = self.n // GROUP
         at = slice(span.start // GROUP, min(done, -(-span.stop // GROUP)))
         packed = self.packed[:, at.start * GROUP // 2:at.stop * GROUP // 2]
-        codes = torch.stack((packed & 15, packed >> 4), 2).flatten(1, 2)
-        old = dequantize(codes, self.low[:, at], self.step[:, at])
+        old = dequantize(packed, self.low[:, at], self.step[:, at])
         late = self.waiting[:, :max(0, span.stop - done * GROUP)]
         return torch.cat((old[:, :span.stop - span.start], late), 1)
 
@@ -304,9 +302,9 @@ class Latents4:
         self.waiting[:, at % GROUP] = c
         if groups := self.low.shape[1]:
             full, group = (at + 1) % GROUP == 0, (at // GROUP).clamp(max=groups - 1)
-            codes, low, step = quantize(self.waiting)
+            packed, low, step = quantize(self.waiting)
             half = group * GROUP // 2 + torch.arange(GROUP // 2, device=at.device)
-            for store, i, x in ((self.packed, half, codes[:, ::2] | codes[:, 1::2] << 4),
+            for store, i, x in ((self.packed, half, packed),
                                 (self.low, group, low), (self.step, group, step)):
                 store[:, i] = torch.where(full.view(-1, *[1] * (x.dim() - 2)), x, store[:, i])
 
@@ -315,8 +313,7 @@ class Latents4:
         old, new = (torch.arange(n, device=at.device)
                     for n in (2 * self.packed.shape[1], self.waiting.shape[1]))
         done = (at + 1) // GROUP * GROUP
-        codes = torch.stack((self.packed & 15, self.packed >> 4), 2).flatten(1, 2)
-        c = torch.cat((dequantize(codes, self.low, self.step), self.waiting), 1)
+        c = torch.cat((dequantize(self.packed, self.low, self.step), self.waiting), 1)
         places = torch.cat((old, (done + new).clamp(max=self.capacity - 1)))
         return c, places, torch.cat((old < done, done + new <= at))
 

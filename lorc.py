@@ -126,7 +126,8 @@ def solve_d_min(kept, ranks_of, d_max):
     if not fraction(low) - 0.5 / d_max <= kept <= fraction(high) + 0.5 / d_max:
         raise model.UserError(f"--kept {kept:g} cannot be reached: these flags can keep "
                               f"{math.ceil(1e3 * fraction(low)) / 1e3:g} to {fraction(high):.4g}; "
-                              "Eq. 13 keeps at least about half, --schedule uniform less")
+                              "ask for that, or for a uniform schedule, fewer whole layers or "
+                              "a smaller split")
     while high - low > 1e-6:
         middle = (low + high) / 2
         low, high = (middle, high) if fraction(middle) < kept else (low, middle)
@@ -279,7 +280,7 @@ def sample(logits, temperature, top_p, generator):
     """The next token (B, 1) from logits (B, V): the largest at temperature 0, else drawn."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    p, order = (logits.double() / temperature).softmax(-1).sort(-1, descending=True)
+    p, order = (logits.double() / max(temperature, 1e-100)).softmax(-1).sort(-1, descending=True)
     p[p.cumsum(-1) - p >= top_p] = 0
     return order.gather(-1, torch.multinomial(p, 1, generator=generator))
 
@@ -295,9 +296,9 @@ def generate(llama, caches, tokens, n, ends=(), temperature=0.0, top_p=1.0, seed
     generator = torch.Generator(tokens.device).manual_seed(seed)
     for left in range(n, 0, -1):
         logits = step(tokens)
-        if compile and all(cache.settled for cache in caches):
-            step, compile = compiled(llama, caches, len(tokens)), False
-        tokens = tokens.new_empty(len(tokens), 1)
+        if compile and left > 1 and all(cache.settled for cache in caches):
+            step, compile = compiled(llama, caches), False
+        tokens = tokens.new_empty(1, 1)
         if logits is not None:
             tokens = sample(finite(logits), temperature, top_p, generator)
         tokens = model.from_last(tokens)
@@ -403,7 +404,8 @@ def save_bases(folder, llama, plan, bases, method):
     bases = model.gather([pair and tuple(map(on_cpu, pair)) for pair in bases])
     if model.place()[0] > 0:
         return
-    tensors = {f"layers.{i}.{kind}.{part}": x.contiguous() for i, pair in enumerate(bases) if pair
+    tensors = {f"layers.{i}.{kind}.{part}": x.clone(memory_format=torch.contiguous_format)
+               for i, pair in enumerate(bases) if pair
                for kind, b in zip("kv", pair) for part, x in b._asdict().items() if x is not None}
     about = {"model": shape, "method": method, "kept": repr(plan.kept),
              "plan": json.dumps({"log_kappa": plan.log_kappa, "ranks": plan.ranks})}
@@ -590,6 +592,8 @@ def settle(p, args):
         leave_out(["context", "max_tokens"], "nothing is scored without --perplexity")
     if args.prompt is None:
         leave_out(SPEAK_FLAGS, "nothing is said without --prompt")
+    if args.max_new_tokens == 1:
+        leave_out(["compile"], "the only new token comes with the prompt")
     if not args.temperature:
         leave_out(["top_p", "seed"], "nothing is drawn at temperature 0")
     if args.basis in ("svd", "norm"):
@@ -668,8 +672,8 @@ def read_score(args, llama, tokenizer):
         raise model.UserError(f"--context {args.context} is beyond the model's "
                               f"{llama.config.context} positions")
     tokens = tokenizer.encode(read_text(args.perplexity))[:args.max_tokens]
-    if len(tokens) < 2:
-        raise model.UserError(f"{args.perplexity} is too short to score")
+    if min(len(tokens), args.context) < 2:
+        raise model.UserError(f"{args.perplexity} is too short to score, or the context is")
     return tokens
 
 
@@ -696,7 +700,7 @@ def choose_bases(args, llama, tokenizer):
         tokens = model.from_first(lambda: tokenizer.encode(read_text(args.calibrate)))
         context = min(1024, llama.config.context)
         usable = sum(max(0, min(context, len(tokens) - i) - args.sinks)
-                     for i in range(0, len(tokens), context))
+                     for i in range(0, min(len(tokens), 32 * context), context))
         if usable < d_max:
             raise model.UserError(f"{args.calibrate} gives {usable} tokens after the sinks of each "
                                   f"window; calibrating needs {d_max}, and gains from 30,000")
@@ -762,8 +766,8 @@ def run_one(args, llama, tokenizer, kind, job, plan, bases, write):
 
         def make(capacity):
             return new_caches(llama, kind, capacity, bases, strict=True, **options)
-        caches = make(min(args.context, len(job)))
         result = score(args, llama, job, make, bases)
+        caches = make(min(args.context, len(job)))                # only counted
     else:
         n = min(args.max_new_tokens, llama.config.context - len(job) + 1)
         caches = new_caches(llama, kind, len(job) + n - 1, bases, **options)
@@ -789,7 +793,7 @@ def run(args):
     kinds, quiet = ["full", "compressed", "bibranch"], args.json or args.compare
     for kind, i in itertools.product(kinds if args.compare else [args.cache], range(len(jobs))):
         if args.prompt and not (quiet or args.chat) and getattr(sys.stdout, "isatty", bool)():
-            print(args.prompt[i], end="", file=sys.stderr, flush=True)
+            print(tokenizer.fast.decode(jobs[i]), end="", file=sys.stderr, flush=True)
         write = (lambda text: None) if quiet else lambda text: print(text, end="", flush=True)
         runs.append(run_one(args, llama, tokenizer, kind, jobs[i], plan, bases, write))
         if runs[-1]["status"] == "interrupted":
@@ -823,13 +827,17 @@ def report(args, plan, runs, seconds):
               f"{c['bytes'] / c['full_bytes']:.1%}\n"
               f"{r['tokens']} tokens; seconds: "
               + ", ".join(f"{k} {s:.2f}" for k, s in spent.items())
+              + " (compiling included)" * bool(args.compile)
               + ("\npeak memory: " + ", ".join(map(size, c["memory"])) if "memory" in c else ""),
               file=sys.stderr)
     for status in sorted({r["status"] for r in runs} - {"ok"}):
         print({"context": "stopped at the model's context: it was made for no more positions",
                "interrupted": "interrupted"}[status], file=sys.stderr)
     worst = max((max(e) for e in errors), default=0)
-    if args.cache == "bibranch" or args.compare:
+    if any(c["kept"] < 1 and c["bytes"] == c["full_bytes"] for c in (r["cache"] for r in runs)):
+        print("Every token fits into sinks and window: the bi-branch cache compressed nothing "
+              "here.", file=sys.stderr)
+    elif args.cache == "bibranch" or args.compare:
         print("The errors are of the low-rank part alone: exact tokens have none, and rounding to "
               "4 bits is not in them.", file=sys.stderr)
     elif worst > 0.3:
@@ -918,16 +926,19 @@ def answer(name, work):
         heavy_imports()
         with torch.inference_mode(), model.processes():
             status = work()
-        sys.stdout.flush()
+        print(end="", flush=True)                      # standard output may be closed
         return status
     except KeyboardInterrupt:
         return 130
     except OSError as e:                     # what waits to be written must not fail again at exit
-        with suppress(OSError):
+        with suppress(OSError, AttributeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(e, BrokenPipeError):
             return 141
         message = str(e)
+    except UnicodeEncodeError as e:
+        message = (f"standard output takes only {e.encoding}, and the text has "
+                   f"{e.object[e.start]!a}; set PYTHONIOENCODING=utf-8")
     except model.UserError as e:
         message = str(e)
     except (MemoryError, RuntimeError) as e:        # PyTorch says it of the CPU with a RuntimeError

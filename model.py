@@ -13,8 +13,8 @@ Reading order, bottom up:
                        \______________________________ x L ______________________________/
 
 Does NOT include: training, dropout, biases, sliding windows, mixtures of experts,
-quantized weights. A checkpoint that asks for one of these is refused by name; no tensor it
-holds is ignored.
+quantized weights. A checkpoint that asks for one of these is refused by name; of its tensors only
+`inv_freq` and, where the embedding is the head, `lm_head` are not read.
 """
 import inspect
 import json

@@ -564,7 +564,7 @@ def test_generation_is_greedy_or_drawn_by_the_seed(small):
     logits = small(torch.tensor([[1, 2, 3, *greedy[:-1]]]), full(small, 30))
     assert greedy == logits[0, 2:].argmax(-1).tolist()
     assert draw(temperature=1.0, seed=3) == draw(temperature=1.0, seed=3) != draw(temperature=1.0, seed=4)
-    assert draw(temperature=1.0, top_p=1e-6, seed=3) == greedy
+    assert draw(temperature=1.0, top_p=1e-6, seed=3) == draw(temperature=1e-310) == greedy
     assert draw(ends={greedy[4]})[-1] == greedy[4] and len(draw(ends={greedy[4]})) == greedy.index(greedy[4]) + 1
 
 
@@ -581,6 +581,16 @@ def test_perplexity_is_that_of_the_windows_one_by_one(capsys, tmp_path):
         got = json.loads(out)
         assert status == 0 and got["tokens"] == len(nats) == 22
         assert math.isclose(got["perplexity"], math.exp(sum(nats) / 22), rel_tol=1e-5)
+
+
+def test_too_little_text_to_score_or_to_calibrate_on_is_said(capsys, tmp_path):
+    """A context of one token leaves nothing to score; only the first 32 windows count for a calibration."""
+    one = write_checkpoint(tmp_path, RAW | {"max_position_embeddings": 1})
+    text = str(HERE / "test_lorc.py")
+    for args, word in ((["--model", one, "--perplexity", HERE / "LICENSE", "--cache", "full"], "too short to score"),
+                       (["--plan", "--calibrate", text, "--sinks", 510], "gives 64 tokens")):
+        status, out, err = cli(capsys, *args)
+        assert (status, out, err.count("\n")) == (2, "", 1) and word in err
 
 
 def test_a_model_that_overflows_its_dtype_says_so(capsys, tmp_path):
@@ -1061,6 +1071,9 @@ def test_compare_runs_the_three_caches(capsys):
     assert status == 0 and [r[0] for r in rows] == ["full", "compressed", "bibranch"]
     first = rows[0].index("first")
     assert rows[0][2] == "100.0%" and rows[0][first + 1] == rows[0][first + 3]
+    assert ("the bi-branch cache compressed nothing here" in err) == (rows[2][2] == "100.0%")
+    err = cli(capsys, "--model", REAL, "--prompt", "Once upon a time", "--compare", "--max-new-tokens", 8, "--window", 2)[2]
+    assert "compressed nothing" not in err
 
 
 def test_a_text_with_carriage_returns_is_the_text_without(tmp_path):
@@ -1068,11 +1081,13 @@ def test_a_text_with_carriage_returns_is_the_text_without(tmp_path):
     assert lorc.read_text(tmp_path / "dos") == "One day\na cat\n"
 
 
-def test_saved_bases_give_the_same_text_and_fit_no_other_model(tmp_path, capsys):
+@pytest.mark.parametrize("plan", [["--kept", 0.7], ["--d-min", 1]])
+def test_saved_bases_give_the_same_text_and_fit_no_other_model(plan, tmp_path, capsys):
     ask = ["--model", REAL, "--prompt", "Once upon a time", "--max-new-tokens", 12, "--json"]
-    first = json.loads(cli(capsys, *ask, "--kept", 0.7, "--save", tmp_path / "b")[1])
+    first = json.loads(cli(capsys, *ask, *plan, "--save", tmp_path / "b")[1])
     again = json.loads(cli(capsys, *ask, "--bases", tmp_path / "b")[1])
-    assert again["text"] == first["text"] and again["plan"] == first["plan"]
+    plans = [[{k: x for k, x in row.items() if "error" not in k} for row in said["plan"]] for said in (first, again)]
+    assert again["text"] == first["text"] and plans[0] == plans[1]
     assert [f.name for f in (tmp_path / "b").iterdir()] == ["bases.safetensors"]
     other = write_checkpoint(tmp_path / "other", RAW)
     status, out, err = cli(capsys, "--model", other, "--prompt", "w1", "--bases", tmp_path / "b")
@@ -1634,8 +1649,8 @@ def test_every_row_of_readmes_table_names_code_that_cites_the_equation():
     """From the equation to the line: the name exists, and its source says `Eq. n`."""
     import inspect
     modules = {"cache": cache, "model": model, "lorc": lorc, "theory": theory}
-    rows = re.findall(r"^\| ((?:Eqs?\.|Algorithm) [^|]+?) \| `([\w.]+)` \|$", (HERE / "README.md").read_text(), re.M)
-    assert len(rows) >= 14
+    rows = re.findall(r"^\| ((?:Eqs?\.|Algorithm|App\.|Thm\.) [^|]+?) \| `([\w.]+)` \|$", (HERE / "README.md").read_text(), re.M)
+    assert len(rows) >= 17
     for paper, name in rows:
         found = modules[name.split(".")[0]]
         for part in name.split(".")[1:]:
@@ -1677,6 +1692,7 @@ WRONG = [line.split(" -> ") for line in """
 --prompt w1 --perplexity {d}/text   -> not allowed with
 --prompt w1 --plan      -> not allowed with
 --plan --compile        -> nothing is said without --prompt; leave out --compile
+--prompt w1 --compile --max-new-tokens 1 -> the only new token comes with the prompt; leave out --compile
 --prompt                -> --prompt: expected one argument
 --nonsense              -> unrecognized arguments: --nonsense
 --prompt w1 --temp 1    -> unrecognized arguments: --temp
@@ -1846,13 +1862,18 @@ def test_ctrl_c_a_closed_pipe_and_a_full_disk_end_without_a_traceback(start):
 
 @pytest.mark.parametrize("error, word", [
     (MemoryError(), "not enough memory"), (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
-    (OSError(errno.ENOSPC, "No space left on device"), "No space left"), (KeyboardInterrupt(), 130), (BrokenPipeError(), 141)])
+    (OSError(errno.ENOSPC, "No space left on device"), "No space left"), (KeyboardInterrupt(), 130), (BrokenPipeError(), 141),
+    (UnicodeEncodeError("ascii", "so \u201c", 3, 4, "not in range"), "takes only ascii, and the text has '\\u201c'")])
 def test_what_ends_a_command_is_told_in_a_line(error, word, capsys, monkeypatch):
     def fail(args):
         raise error
     monkeypatch.setattr(lorc, "run", fail)
     status, out, err = cli(capsys, "--prompt", "w1")
     assert (status, err) == (word, "") if isinstance(word, int) else status == 2 and word in err and err.count("\n") == 1
+    with monkeypatch.context() as closed:                        # >&-
+        closed.setattr(lorc, "run", lambda args: 0)
+        closed.setattr(sys, "stdout", None)
+        assert lorc.main(["--prompt", "w1"]) == 0
     monkeypatch.setattr(lorc, "run", lambda args: [][0])
     with pytest.raises(IndexError):                             # a fault of ours is not hidden
         lorc.main(["--prompt", "w1"])
