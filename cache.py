@@ -68,12 +68,16 @@ class Basis(NamedTuple):
 
         In a basis that commutes U goes to the query, as App. C wants; otherwise k~ is rebuilt.
         """
-        d = q.shape[-1]
         if self.turns is None:
-            return scores(q, self.keys(c, rope, at, d))
+            return scores(q, self.keys(c, rope, at, q.shape[-1]))
+        return einsum("bthc,bsc->bths", self.fold(q), c)
+
+    def fold(self, q):
+        """U^T q / sqrt(d): q (B, T, H, d), rotated -> (B, T, H, d_c). App. C, where it is right."""
+        d = q.shape[-1]
         U = self.up.unflatten(0, (-1, d))                            # (G, d, d_c)
-        folded = einsum("btgrd,gdc->btgrc", q.unflatten(2, (len(U), -1)) * d**-0.5, U).flatten(2, 3)
-        return einsum("bthc,bsc->bths", folded, c)
+        q = q.unflatten(2, (len(U), -1)) * d**-0.5
+        return einsum("btgrd,gdc->btgrc", q, U).flatten(2, 3)
 
     def block(self, B):
         """Tokens of B sequences that an eager step rebuilds at a time, a multiple of GROUP."""
@@ -108,18 +112,19 @@ def scores(q, k):
 
 
 def static_scores(q, c, K, places, rope):
-    """K.scores of one query (B, 1, H, d), rotated, and latents c (B, S, d_c) at `places`.
+    """K.scores of one query (B, 1, H, d), rotated, and latents c (B, S, d_c): (B, S, H).
 
     Written so that a compiler reads each rebuilt key once: it is turned and multiplied with all
-    queries of its group in registers, and no rotated key is ever stored.
+    queries of its group in registers, and no rotated key is ever stored. Heads come last, as they
+    lie in memory: softmax and product then pass over them in that order.
     """
     if K.turns is not None:
-        return K.scores(q, c, rope, places)
+        return einsum("bthc,bsc->bsh", K.fold(q), c)
     d = q.shape[-1]
     first, second = rope.halves(K.expand(c, d), places)                      # (B, S, G, d/2)
     q = q.unflatten(2, (first.shape[2], -1)) * d**-0.5                       # (B, 1, G, H/G, d)
     s = [(first * one[..., :d // 2] + second * one[..., d // 2:]).sum(-1) for one in q.unbind(3)]
-    return torch.stack(s, -1).flatten(2).transpose(1, 2)[:, None]            # (B, 1, H, S)
+    return torch.stack(s, -1).flatten(2)
 
 
 def mix(p, v):
@@ -127,9 +132,9 @@ def mix(p, v):
     return einsum("btgrs,bsgd->btgrd", p.unflatten(2, (v.shape[2], -1)), v).flatten(2, 3)
 
 
-def softmax(s):
-    """Over the last axis, in float32 at least."""
-    return s.softmax(-1, dtype=torch.promote_types(s.dtype, torch.float32)).to(s.dtype)
+def softmax(s, axis=-1):
+    """In float32 at least."""
+    return s.softmax(axis, dtype=torch.promote_types(s.dtype, torch.float32)).to(s.dtype)
 
 
 class FullCache:
@@ -190,8 +195,9 @@ class CompressedCache:
     def decode(self, q, k, v, rope, at):
         self.c_k[:, at], self.c_v[:, at] = self.K.latents(k, rope, at), self.V.shrink(v)
         s = static_scores(rope(q, at), self.c_k, self.K, slice(0, self.capacity), rope)
-        s = s.where(torch.arange(self.capacity, device=at.device) <= at, -torch.inf)
-        return self.V.heads(einsum("bths,bsc->bthc", softmax(s), self.c_v), self.d)
+        seen = torch.arange(self.capacity, device=at.device)[:, None] <= at
+        p = softmax(s.where(seen, -torch.inf), 1)                                # (B, S, H)
+        return self.V.heads(einsum("bsh,bsc->bhc", p, self.c_v)[:, None], self.d)
 
     @property
     def nbytes(self) -> int:
@@ -416,11 +422,13 @@ class BiBranchCache:
         ring = at - (slot - torch.arange(self.window, device=at.device)) % max(1, self.window)
         (c_k, places, filled), (c_v, *_) = self.c_k.whole(gone), self.c_v.whole(gone)
         q, exact = rope(q, at), (rope(self.sink_k, slice(0, self.sinks)), rope(self.ring_k, ring))
-        late = static_scores(q, c_k, self.K, self.sinks + places, rope).where(filled, -torch.inf)
-        p = softmax(torch.cat((scores(q, torch.cat(exact, 1)), late), -1))
+        late = static_scores(q, c_k, self.K, self.sinks + places, rope)
+        first = scores(q, torch.cat(exact, 1))[:, 0].transpose(1, 2)
+        p = softmax(torch.cat((first, late.where(filled[:, None], -torch.inf)), 1), 1)
         exact = torch.cat((self.sink_v, self.ring_v), 1)
-        o = mix(p[..., :exact.shape[1]], exact)
-        return o + self.V.heads(einsum("bths,bsc->bthc", p[..., exact.shape[1]:], c_v), self.d)
+        o = mix(p[:, :exact.shape[1]].transpose(1, 2)[:, None], exact)
+        c = einsum("bsh,bsc->bhc", p[:, exact.shape[1]:], c_v)[:, None]
+        return o + self.V.heads(c, self.d)
 
     @property
     def settled(self) -> bool:

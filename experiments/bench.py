@@ -53,23 +53,23 @@ def random_model(config, dtype, device):
     return llama
 
 
-def random_bases(llama, kept, commuting):
+def random_bases(llama, kept, commuting, split=0.0):
     """Bases of the right sizes, one pair a layer, scaled to keep lengths about as they are."""
     c, like = llama.config, llama.norm.weight
-    d_c = max(2, round(kept * c.kv_width) // 2 * 2)
+    d_k, d_v = (max(2, round(part * c.kv_width) // 2 * 2) for part in (kept - split, kept + split))
 
-    def one(turns):
+    def one(d_c, turns=None):
         U = like.new_empty(c.kv_width, d_c).normal_(0, c.kv_width ** -0.5)
         return Basis(U.T, U, turns)
-    j = torch.randint(c.head_dim // 2, (d_c // 2,), device=like.device)
-    return [(one(torch.cat((j, j + c.head_dim // 2)) if commuting else None), one(None))
+    j = torch.randint(c.head_dim // 2, (d_k // 2,), device=like.device)
+    return [(one(d_k, torch.cat((j, j + c.head_dim // 2)) if commuting else None), one(d_v))
             for _ in range(c.layers)]
 
 
-def filled(llama, name, kept, B, context, steps):
+def filled(llama, name, kept, B, context, steps, split=0.0):
     """Caches of `context` tokens with room for `steps` at the end, random up to there."""
     kind, bits, commuting = CACHES[name]
-    bases = None if kind == "full" else random_bases(llama, kept, commuting)
+    bases = None if kind == "full" else random_bases(llama, kept, commuting, split)
     caches = lorc.new_caches(llama, kind, context, bases, B, **({"bits": bits} if kind == "bibranch" else {}))
     fill(caches, context - steps)
     return caches
@@ -121,7 +121,7 @@ def theirs(hf, prompt, steps, static):
 
 def ours(llama, name, args, compile):
     """Seconds of each of args.steps steps of one cache, made for the purpose, and its bytes."""
-    caches = filled(llama, name, args.kept, args.batch, args.context, args.steps)
+    caches = filled(llama, name, args.kept, args.batch, args.context, args.steps, args.split)
     tokens = torch.zeros(args.batch, 1, dtype=torch.long, device=args.device)
     held = torch.cuda.memory_allocated() if args.device == "cuda" else 0
 
@@ -196,7 +196,7 @@ def measure(args, llama):
         s = median(seconds[name])
         row |= {"ms": 1e3 * s, "tokens_per_s": args.batch / s,
                 "share": (weights + row["cache_bytes"]) / s / speed}
-    return {"batch": args.batch, "context": args.context, "kept": args.kept, "dtype": args.dtype,
+    return {"batch": args.batch, "context": args.context, "kept": args.kept, "split": args.split, "dtype": args.dtype,
             "bandwidth": speed, "weights_bytes": weights, "rows": rows}
 
 
@@ -210,6 +210,7 @@ def command_line():
     p.add_argument("--steps", type=int, default=48)
     p.add_argument("--rounds", type=int, default=3, help="The first is left out.")
     p.add_argument("--kept", type=float, default=0.5)
+    p.add_argument("--split", type=float, default=0.0, help="As lorc.py's: from keys to values.")
     p.add_argument("--caches", nargs="+", choices=CACHES, default=["full", "compressed", "bibranch", "bibranch-4bit"])
     p.add_argument("--how", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
     p.add_argument("--transformers", nargs="+", choices=["dynamic", "static", "none"], default=["dynamic", "static"])
