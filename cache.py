@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import einsum
 
-BLOCK = {"cpu": 2**22, "cuda": 2**26}      # bytes of keys rebuilt at a time: what stays near a core
+BLOCK = {"cpu": 2**22, "cuda": 2**26}      # bytes of keys that an eager step rebuilds at a time
 GROUP = 32                                 # tokens that share one scale and minimum in 4 bits
 
 
@@ -80,7 +80,10 @@ class Basis(NamedTuple):
         return einsum("btgrd,gdc->btgrc", q, U).flatten(2, 3)
 
     def block(self, B):
-        """Tokens of B sequences that an eager step rebuilds at a time, a multiple of GROUP."""
+        """Tokens of B sequences that an eager step rebuilds at a time: full GROUPs, one at least.
+
+        On a CPU, so few that they stay in its cache until they have met the query.
+        """
         size = BLOCK.get(self.up.device.type, BLOCK["cuda"]) // (B * self.up[:, 0].nbytes)
         return max(1, size // GROUP) * GROUP
 

@@ -834,7 +834,8 @@ def report(args, plan, runs, seconds):
         print({"context": "stopped at the model's context: it was made for no more positions",
                "interrupted": "interrupted"}[status], file=sys.stderr)
     worst = max((max(e) for e in errors), default=0)
-    if any(c["kept"] < 1 and c["bytes"] == c["full_bytes"] for c in (r["cache"] for r in runs)):
+    two = [r["cache"] for r in runs if r["cache"]["kind"] == "bibranch"]
+    if two and all(c["kept"] < 1 and c["bytes"] == c["full_bytes"] for c in two):
         print("Every token fits into sinks and window: the bi-branch cache compressed nothing "
               "here.", file=sys.stderr)
     elif args.cache == "bibranch" or args.compare:

@@ -810,6 +810,7 @@ def test_full_rank_is_the_full_cache_and_blocks_change_nothing(case, block):
     B, T, G, d = k.shape
     Q = torch.linalg.qr(torch.randn(G * d, G * d, generator=g, dtype=torch.float64))[0]
     whole = Basis(Q.T, Q)
+    assert Basis(torch.zeros(77, 192), torch.zeros(192, 77)).block(1) == 2**22 // (192 * 4) // 32 * 32
     with pytest.MonkeyPatch.context() as small:
         small.setattr(Basis, "block", lambda self, B: block)
         for split in ([T], chunks, [1] * T):
@@ -1072,8 +1073,10 @@ def test_compare_runs_the_three_caches(capsys):
     first = rows[0].index("first")
     assert rows[0][2] == "100.0%" and rows[0][first + 1] == rows[0][first + 3]
     assert ("the bi-branch cache compressed nothing here" in err) == (rows[2][2] == "100.0%")
-    err = cli(capsys, "--model", REAL, "--prompt", "Once upon a time", "--compare", "--max-new-tokens", 8, "--window", 2)[2]
-    assert "compressed nothing" not in err
+    ask = ["--model", REAL, "--prompt", "Once", "--compare", "--max-new-tokens", 8, "--sinks", 2]
+    for more, nothing in ((["--window", 16], True), (["--window", 2], False),
+                          (["--window", 16, "--prompt", "Once upon a time, in a far and cold land, a dog sat on a mat."], False)):
+        assert ("compressed nothing" in cli(capsys, *ask, *more)[2]) == nothing
 
 
 def test_a_text_with_carriage_returns_is_the_text_without(tmp_path):
@@ -1221,7 +1224,8 @@ def test_scoring_a_text_in_one_pass_is_decoding_it_token_by_token(data, sinks, w
     K, V = (random_basis(data.draw, G * d, g) for _ in range(2))
     make = lambda **more: BiBranchCache(B, T, K, V, d, sinks=sinks, window=window, bits=bits, **more)  # noqa: E731
     with pytest.MonkeyPatch.context() as small:
-        small.setattr(Basis, "block", lambda self, B: cache.GROUP)
+        small.setitem(cache.BLOCK, "cpu", 1)                                 # one group of 32
+        assert K.block(B) == cache.GROUP
         assert close(make(strict=True).attend(q, k, v, rope), feed(make(), rope, q, k, v, [1] * T))
 
 

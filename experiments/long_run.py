@@ -5,7 +5,7 @@
 The model runs past the positions it was made for, which lorc.py refuses to do: this is about the cache,
 not the text. All buffers are made, and written to once, before the first token. After every token the
 sinks and the ring are compared, bit by bit, with the keys and values that Wk and Wv gave. The step's own
-workspace (keys rebuilt, at most cache.BLOCK bytes at a time) is the only memory that may come and go.
+workspace (keys rebuilt, about cache.BLOCK bytes at a time) is the only memory that may come and go.
 """
 import argparse
 import sys
