@@ -105,25 +105,31 @@ def compressed_dimension(log_tilde, d_max, d_min, schedule="progressive"):
 def ranks(log_tilde, full, d_max, d_min, schedule="progressive", split=0.0, pairs=False):
     """(d_k, d_v) of each layer: Eq. 13 rounded, with `split` * d_max moved from keys to values.
 
-    full: which layers stay whole. Keys and values each keep between 1 and d_max numbers; with
-    `pairs`, keys an even number.
+    full: which layers stay whole. Keys and values each keep between 1 and d_max numbers, multiples
+    of rank_step(d_max); with `pairs`, keys an even number.
     """
-    def whole(x, step=1):
+    def whole(x, step):
         return min(d_max, step * max(1, round(x / step)))
-    real = compressed_dimension(log_tilde, d_max, d_min, schedule)
-    return [(d_max, d_max) if f else (whole(d - split * d_max, 1 + pairs), whole(d + split * d_max))
+    real, step = compressed_dimension(log_tilde, d_max, d_min, schedule), rank_step(d_max)
+    return [(d_max, d_max) if f else
+            (whole(d - split * d_max, max(step, 1 + pairs)), whole(d + split * d_max, step))
             for d, f in zip(real, full)]
 
 
+def rank_step(d_max):
+    """What ranks are multiples of: 8 in wide models, as matrix units want; 1 where 8 is much."""
+    return 8 if d_max >= 1024 else 1
+
+
 def solve_d_min(kept, ranks_of, d_max):
-    """The d_min whose ranks keep the fraction `kept` of all numbers, to within one rank a layer.
+    """The d_min whose ranks keep the fraction `kept` of all numbers, to within one step a layer.
 
     ranks_of: d_min -> [(d_k, d_v)]. Raises UserError when no d_min in [1, d_max] does.
     """
     def fraction(d_min):
         return sum(map(sum, plan := ranks_of(d_min))) / (2 * len(plan) * d_max)
-    low, high = 1.0, float(d_max)
-    if not fraction(low) - 0.5 / d_max <= kept <= fraction(high) + 0.5 / d_max:
+    low, high, slack = 1.0, float(d_max), 0.5 * rank_step(d_max) / d_max
+    if not fraction(low) - slack <= kept <= fraction(high) + slack:
         raise model.UserError(f"--kept {kept:g} cannot be reached: these flags can keep "
                               f"{math.ceil(1e3 * fraction(low)) / 1e3:g} to {fraction(high):.4g}; "
                               "ask for that, or for a uniform schedule, fewer whole layers or "
