@@ -49,6 +49,30 @@ def close(a, b, scale=1.0):
     return a.shape == b.shape and (a - b).abs().max() <= scale * eps * b.abs().max().clamp(min=1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def beside(request, tmp_path_factory):
+    """Two long jobs run beside the first tests, on a second core, where a test that was chosen asks for what they
+    leave behind: {name: (process, folder)}; the process calls the function `run_NAME` below with the folder."""
+    asked = {name for item in request.session.items for name in item.fixturenames}
+    jobs = {}
+    for name in asked & {"compiled_in_c", "every_experiment"}:
+        folder = tmp_path_factory.mktemp(name)
+        program = f"import test_lorc; test_lorc.run_{name}(test_lorc.Path({str(folder)!r}))"
+        jobs[name] = subprocess.Popen([sys.executable, "-c", program], cwd=HERE, text=True,
+                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT), folder
+    yield jobs
+    for process, _ in jobs.values():
+        process.kill()
+        process.wait()
+
+
+def left_behind(job):
+    """The folder of a job of `beside`, when it has ended well."""
+    said, _ = job[0].communicate()
+    assert job[0].returncode == 0, said
+    return job[1]
+
+
 # Models small enough to write down ---------------------------------------------------------------
 
 RAW = {"model_type": "llama", "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2,
@@ -847,22 +871,24 @@ def test_a_real_model_says_the_same_token_by_token(real, kind):
     assert close(torch.cat([llama(t, caches) for t in tokens.split(1, 1)], 1), want, scale=5)
 
 
-@pytest.mark.parametrize("kind, plan", [("full", {}), ("compressed", {}), ("compressed", {"commuting": True}),
-                                        ("compressed", {"schedule": "progressive"}), ("bibranch", {})])
-def test_a_compiled_step_says_the_same_and_is_compiled_once(small, kind, plan, monkeypatch):
-    """--compile: the same tokens as the eager loop, and nothing is compiled again as places go by (but for
-    layers of other sizes). All are traced; the largest is translated to C++ too, where there is a compiler."""
-    if kind != "bibranch" or not shutil.which("g++"):
-        real = torch.compile
-        monkeypatch.setattr(torch, "compile", lambda f, **kw: real(f, backend="eager"))
-    bases = lorc.lorc(small, **({"kept": 0.7, "schedule": "uniform"} | plan))[1]
-    ids = torch.arange(12)[None]
+def forty_tokens(llama, kind, compile, **plan):
+    """What a model says after twelve tokens, with --compile or without; nothing may be compiled twice, but for
+    layers of other sizes."""
+    bases = lorc.lorc(llama, **({"kept": 0.7, "schedule": "uniform"} | plan))[1]
     options = {"sinks": 2, "window": 4, "bits": 4} if kind == "bibranch" else {}
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile="schedule" not in plan):
-        eager, compiled = (list(lorc.generate(small, lorc.new_caches(small, kind, 51, bases, **options), ids, 40,
-                                              compile=compile)) for compile in (False, True))
-    assert eager == compiled
+        caches = lorc.new_caches(llama, kind, 51, bases, **options)
+        return list(lorc.generate(llama, caches, torch.arange(12)[None], 40, compile=compile))
+
+
+@pytest.mark.parametrize("kind, plan", [("full", {}), ("compressed", {}), ("compressed", {"commuting": True}),
+                                        ("compressed", {"schedule": "progressive"}), ("bibranch", {})])
+def test_a_compiled_step_says_the_same_and_is_compiled_once(small, kind, plan, monkeypatch):
+    """--compile: the same tokens as the eager loop, traced but not translated."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: real(f, backend="eager"))
+    assert forty_tokens(small, kind, True, **plan) == forty_tokens(small, kind, False, **plan)
 
 
 def test_a_step_that_cannot_be_compiled_says_what_to_do(small, monkeypatch):
@@ -1256,6 +1282,21 @@ def test_the_static_decode_step_is_the_eager_one(data, sinks, window, T):
             assert close(got, eager.attend(*one, rope))
 
 
+def run_compiled_in_c(folder):
+    (folder / "tokens.json").write_text(json.dumps(forty_tokens(small_model(), "bibranch", True)))
+
+
+@pytest.fixture(scope="session")
+def compiled_in_c(beside):
+    return json.loads((left_behind(beside["compiled_in_c"]) / "tokens.json").read_text())
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_the_largest_step_translated_to_c_says_the_same(small, compiled_in_c):
+    """4 bits in two branches, through the whole of PyTorch's compiler."""
+    assert compiled_in_c == forty_tokens(small, "bibranch", False)
+
+
 @given(attentions(), st.data())
 def test_a_prompt_attends_exactly_and_is_stored_compressed(case, data):
     """CSKV's rule [E34]: the first call equals the full cache, whatever the bases; what it leaves
@@ -1555,35 +1596,40 @@ def test_each_heads_rows_are_bounded_by_the_whole_matrix(real):
 
 # The experiments ----------------------------------------------------------------------- parity ---
 
-@pytest.fixture(scope="module")
-def every_experiment(tmp_path_factory):
-    """All tables and figures at their smallest, on tiny/: their modules, and {script: rows}."""
+def run_every_experiment(out):
+    """All tables and figures at their smallest, on tiny/."""
     sys.path.insert(0, str(HERE / "experiments"))
     import run_all
-    text, out = str(HERE / "tiny" / "README.md"), tmp_path_factory.mktemp("results")
+    text = str(HERE / "tiny" / "README.md")
     try:
         import matplotlib                                                      # noqa: F401
         draw = ["--figures", str(out)]
     except ImportError:
         draw = ["--measure-only"]
     argv = ["--text", text, "--calibrate", text, "--tokens", "64", "--device", "cpu", "--out", str(out), *draw]
-    with pytest.MonkeyPatch.context() as short:                          # two budgets and two splits are enough
-        for script in run_all.SCRIPTS:
-            if isinstance(getattr(script, "KEPT", None), tuple):
-                short.setattr(script, "KEPT", [k for k in script.KEPT if k >= 0.6][:2])
-            short.setattr(script, "SPLITS", (0, 0.1), raising=False)
-        assert run_all.study.main(*run_all.SCRIPTS, argv=argv) == 0
-    return run_all.SCRIPTS, {s.__name__: json.loads((out / f"{s.__name__}-tiny.json").read_text())["rows"]
-                             for s in run_all.SCRIPTS}
+    for script in run_all.SCRIPTS:                                       # two budgets and two splits are enough
+        if isinstance(getattr(script, "KEPT", None), tuple):
+            script.KEPT = [k for k in script.KEPT if k >= 0.6][:2]
+        script.SPLITS = (0, 0.1)
+    assert run_all.study.main(*run_all.SCRIPTS, argv=argv) == 0
+
+
+@pytest.fixture(scope="session")
+def every_experiment(beside):
+    """{script: rows}."""
+    out = left_behind(beside["every_experiment"])
+    sys.path.insert(0, str(HERE / "experiments"))
+    import run_all
+    return {s.__name__: json.loads((out / f"{s.__name__}-tiny.json").read_text())["rows"] for s in run_all.SCRIPTS}
 
 
 def test_every_table_and_figure_is_run_and_listed(every_experiment):
     """Every script with a `measure` is run by run_all.py and has a line in experiments/README.md."""
     scripts = {p.stem for p in (HERE / "experiments").glob("*.py") if "\ndef measure(study)" in p.read_text()}
-    assert {s.__name__ for s in every_experiment[0]} == scripts and len(scripts) > 10
+    assert set(every_experiment) == scripts and len(scripts) > 10
     listed = re.findall(r"^\| `(\w+)\.py`", (HERE / "experiments" / "README.md").read_text(), re.M)
     assert scripts <= set(listed)
-    for name, rows in every_experiment[1].items():
+    for name, rows in every_experiment.items():
         assert rows and all(math.isfinite(row.get("perplexity", 0)) for row in rows), name
 
 
@@ -1632,7 +1678,7 @@ def test_experiments_score_the_caches_that_lorc_makes(every_experiment, script, 
     calibrated = ["--basis", basis, "--calibrate", text] if basis else []
     said = json.loads(cli(capsys, *flags, *calibrated)[1])
     half = json.loads(cli(capsys, *flags, "--dtype", "bfloat16")[1])["cache"]
-    row, = [r for r in every_experiment[1][script] if r["label"] == label and r["wanted"] in (0.6, 1)]
+    row, = [r for r in every_experiment[script] if r["label"] == label and r["wanted"] in (0.6, 1)]
     assert math.isclose(row["perplexity"], said["perplexity"], rel_tol=1e-4)
     assert (row["bytes"], row["full_bytes"]) == (half["bytes"], half["full_bytes"])
 
@@ -1846,7 +1892,7 @@ def start(tmp_path):
     yield run
     for process in running:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 def test_ctrl_c_a_closed_pipe_and_a_full_disk_end_without_a_traceback(start):
