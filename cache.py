@@ -99,11 +99,14 @@ def attention(q, k, v, mask=None):
 
     Query t sees the keys in mask (T, S); without one, the queries are the last T of S tokens.
     """
-    T, S = q.shape[1], k.shape[1]
+    T, S, G = q.shape[1], k.shape[1], k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if T == 1 and q.device.type == "cpu":       # a group's heads as queries: each key is read once
+        q = q.unflatten(1, (G, -1)).squeeze(3)                                # (B, G, H/G, d)
+        return F.scaled_dot_product_attention(q, k, v, mask).flatten(1, 2)[:, None]
     causal = mask is None and T == S > 1
     if mask is None and 1 < T < S:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
     return o.transpose(1, 2)
 
