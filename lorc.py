@@ -118,7 +118,7 @@ def ranks(log_tilde, full, d_max, d_min, schedule="progressive", split=0.0, pair
 
 def rank_step(d_max):
     """What ranks are multiples of: 8 in wide models, as matrix units want; 1 where 8 is much."""
-    return 8 if d_max >= 1024 else 1
+    return 8 if d_max >= 1024 and d_max % 8 == 0 else 1
 
 
 def solve_d_min(kept, ranks_of, d_max):
@@ -531,7 +531,7 @@ def command_line():
     flag = group.add_mutually_exclusive_group().add_argument
     flag("--kept", type=fraction, metavar="F",
          help="rho, the fraction of the full cache's numbers that latents keep. Default: 0.6.")
-    flag("--d-min", type=positive, metavar="N", help="d_min of Eq. 13, instead of --kept.")
+    flag("--d-min", type=positive, metavar="N", help="d_min of Eq. 13, instead of --kept; rounded as all ranks are.")
     flag = group.add_argument
     flag("--threshold", type=within(float, -math.inf, math.inf, "number"), metavar="F",
          help="Alg. 1, l. 8: layers whose ln kappa~ is above stay full. Default: none.")

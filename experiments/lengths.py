@@ -4,9 +4,10 @@ Measured by bench.py, which takes several lengths; this draws every results/leng
 axes, where a cost that is linear is a straight line and one that has steps is not. Times are
 multiples of the full cache's step at the shortest length of the same run.
 
-    python experiments/bench.py --shape smollm2-135m --context 1024 8192 16384 32768 49152 65536 \\
-        --caches full compressed commuting bibranch bibranch-4bit --how compiled --transformers none \\
-        --steps 10 --rounds 2 --out experiments/results/lengths-smollm2-135m-cpu.json
+    python experiments/bench.py --shape smollm2-135m --device cpu --dtype float32 \\
+        --context 1024 8192 16384 32768 49152 65536 --steps 10 --rounds 2 --how compiled \\
+        --caches full compressed commuting bibranch bibranch-4bit --transformers none \\
+        --out experiments/results/lengths-smollm2-135m-cpu.json
     python experiments/lengths.py
 """
 import argparse
