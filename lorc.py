@@ -132,8 +132,7 @@ def solve_d_min(kept, ranks_of, d_max):
     if not fraction(low) - slack <= kept <= fraction(high) + slack:
         raise model.UserError(f"--kept {kept:g} cannot be reached: these flags can keep "
                               f"{math.ceil(1e3 * fraction(low)) / 1e3:g} to {fraction(high):.4g}; "
-                              "ask for that, or for a uniform schedule, fewer whole layers or "
-                              "a smaller split")
+                              "ask for that, or change --schedule, --skip, --threshold or --split")
     while high - low > 1e-6:
         middle = (low + high) / 2
         low, high = (middle, high) if fraction(middle) < kept else (low, middle)
@@ -166,7 +165,7 @@ def lorc(llama, kept=0.6, d_min=None, threshold=math.inf, schedule="progressive"
     d_max, moments = llama.config.kv_width, moments or [None] * len(weights)
     kappa = [(log_kappa(Wk), log_kappa(Wv))                                        # l. 3
              for Wk, Wv in tqdm(weights, "kappa", unit=" layers", leave=False, disable=None)]
-    kappa, own = model.gather(kappa), model.share(llama.config.layers)
+    kappa, own = model.gather(kappa), model.share(llama.config.layers)    # of all, of this process
     log_tilde = log_kappa_tilde([k + v for k, v in kappa])                         # l. 1-5
     full = [x > threshold or layer < skip for layer, x in enumerate(log_tilde)]    # l. 8-11
 
@@ -422,7 +421,8 @@ def save_bases(folder, llama, plan, bases, method):
         beside.write_bytes(save(tensors | {"model": numbers}, about))
         os.replace(beside, path)
     except OSError as e:
-        raise model.UserError(f"--save {folder}: {e.strerror or e}") from None
+        raise model.UserError(f"--save {folder}: {e.strerror or e}; give a folder that can be "
+                              "written to") from None
     finally:
         with suppress(OSError):
             beside.unlink()
@@ -444,6 +444,8 @@ def load_bases(folder, llama):
     from safetensors import safe_open
     path, L, d_max = Path(folder) / "bases.safetensors", llama.config.layers, llama.config.kv_width
     own = model.share(L)
+    if not path.is_file():
+        raise model.UserError(f"{folder} holds no {path.name}; give the folder that --save wrote")
     try:
         with safe_open(path, "pt") as f:
             about, tensors = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}
@@ -497,6 +499,13 @@ def within(kind, low, high, what):
     return read
 
 
+def nonempty(text):
+    """An argparse type: a name, not the empty text that an unset variable of the shell leaves."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("should not be empty")
+    return text
+
+
 PLAN_FLAGS = "kept d_min threshold schedule skip split basis calibrate".split()
 SPEAK_FLAGS = "max_new_tokens temperature top_p seed chat compile".split()
 DEFAULTS = {"cache": "compressed", "kept": 0.6, "threshold": math.inf, "skip": 0, "split": 0.0,
@@ -508,21 +517,25 @@ def command_line():
     """Every flag. None means not given: `settle` needs to know, and fills in the defaults."""
     p = Parser(prog="lorc.py", description="LoRC and CSKV: a LLaMA that keeps a low-rank KV cache.",
                allow_abbrev=False)
-    count, positive = within(int, 0, 10**9, "count"), within(int, 1, 10**9, "positive count")
+    count = within(int, 0, 10**9, "count up to 10^9")
+    positive = within(int, 1, 10**9, "positive count up to 10^9")
     fraction = within(float, 1e-6, 1, "fraction in (0, 1]")
     more = within(int, 2, 10**9, "count > 1")
     flag = p.add_argument
-    flag("--model", default=str(Path(__file__).resolve().parent / "tiny"), metavar="PATH",
+    flag("--model", type=nonempty, default=str(Path(__file__).resolve().parent / "tiny"),
+         metavar="PATH",
          help="A folder in Hugging Face layout, or a Hub id. Default: tiny/ beside lorc.py.")
     group = p.add_argument_group("what to do")
     flag = group.add_mutually_exclusive_group().add_argument
     flag("--prompt", action="append", metavar="TEXT",
          help="Continue this text; repeatable; - reads standard input.")
-    flag("--perplexity", metavar="FILE", help="Score this text under the chosen cache.")
+    flag("--perplexity", type=nonempty, metavar="FILE",
+         help="Score this text under the chosen cache.")
     flag("--plan", action="store_true", help="Print kappa, kappa~ and d_c per layer and stop.")
     flag = group.add_argument
     flag("--compare", action="store_true", help="Run all three caches and print them side by side.")
-    flag("--save", metavar="DIR", help="Write bases and plan to DIR/bases.safetensors.")
+    flag("--save", type=nonempty, metavar="DIR",
+         help="Write bases and plan to DIR/bases.safetensors.")
     flag("--json", action="store_true", help="Print one JSON object instead of text.")
     group = p.add_argument_group("the cache")
     flag = group.add_argument
@@ -531,7 +544,8 @@ def command_line():
     flag = group.add_mutually_exclusive_group().add_argument
     flag("--kept", type=fraction, metavar="F",
          help="rho, the fraction of the full cache's numbers that latents keep. Default: 0.6.")
-    flag("--d-min", type=positive, metavar="N", help="d_min of Eq. 13, instead of --kept; rounded as all ranks are.")
+    flag("--d-min", type=positive, metavar="N",
+         help="d_min of Eq. 13, instead of --kept; rounded as all ranks are.")
     flag = group.add_argument
     flag("--threshold", type=within(float, -math.inf, math.inf, "number"), metavar="F",
          help="Alg. 1, l. 8: layers whose ln kappa~ is above stay full. Default: none.")
@@ -543,10 +557,11 @@ def command_line():
     flag("--basis", choices=["svd", "norm", "asvd", "whitened", "commuting"],
          help="C: I, gamma^2, mean |x|, E[xx^T]. Default: svd; whitened with --calibrate. "
               "commuting: keys that need no rebuilding, from I or, with --calibrate, E[xx^T].")
-    flag("--calibrate", metavar="FILE",
+    flag("--calibrate", type=nonempty, metavar="FILE",
          help="Text for asvd, whitened and commuting; its first 32 windows of up to 1,024 tokens "
               "are used.")
-    flag("--bases", metavar="DIR", help="Use the bases and the plan that --save wrote.")
+    flag("--bases", type=nonempty, metavar="DIR",
+         help="Use the bases and the plan that --save wrote.")
     flag("--sinks", type=count, metavar="N",
          help="Exact first tokens of the bi-branch cache; left out of calibration. Default: 4.")
     flag("--window", type=count, metavar="N",
@@ -569,7 +584,7 @@ def command_line():
     flag("--max-tokens", type=more, metavar="N", help="Score only the first N tokens.")
     flag("--dtype", choices=["float32", "bfloat16", "float16"],
          help="Default: the checkpoint's on CUDA, float32 on the CPU.")
-    flag("--device", help="cpu or cuda. Default: cuda where there is one.")
+    flag("--device", type=nonempty, help="cpu or cuda. Default: cuda where there is one.")
     return p
 
 
@@ -582,6 +597,8 @@ def settle(p, args):
             p.error(f"{why}; leave out {', '.join(found)}")
     if not {"prompt", "perplexity", "plan", "save"} & set(given):
         p.error("nothing to do: give --prompt TEXT, --perplexity FILE, --plan or --save DIR")
+    if [*(args.prompt or ()), args.perplexity, args.calibrate].count("-") > 1:
+        p.error("standard input can be read once; give one -")
     if args.bases is not None:
         leave_out([*PLAN_FLAGS, "save"], "--bases brings its own plan")
     if args.compare:
@@ -785,6 +802,9 @@ def run_one(args, llama, tokenizer, kind, job, plan, bases, write):
 def run(args):
     """One command, from the model's folder to the report. Returns the exit status."""
     marks, plan, runs = [time.perf_counter()], None, []
+    texts = [file for file in (args.perplexity, args.calibrate) if file not in (None, "-")]
+    for missing in model.from_first(lambda: [x for x in texts if not os.path.exists(x)]):
+        raise model.UserError(f"{missing}: No such file or directory")     # before the model's time
     llama, tokenizer = open_model(args)
     args.context = args.context or llama.config.context
     jobs = model.from_first(lambda: read_jobs(args, llama, tokenizer))

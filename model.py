@@ -139,6 +139,8 @@ def read_rope(raw: dict) -> dict:
 
 def read_config(folder: Path) -> Config:
     """config.json as a Config. Raises UserError for whatever we would have to ignore."""
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} holds no config.json; give a folder in Hugging Face layout")
     raw = read_json(folder / "config.json")
     if raw.get("model_type") not in ("llama", "mistral"):
         raise UserError(f"{folder} holds a {raw.get('model_type')!r:.40} model; "
@@ -419,7 +421,8 @@ def header(path: Path) -> list[str]:
             names, size = list(f.keys()), int.from_bytes(raw.read(8), "little")
             keys = json.loads(raw.read(size), object_pairs_hook=lambda pairs: [k for k, _ in pairs])
     except (SafetensorError, OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path} is not a readable safetensors file: {e}") from None
+        raise UserError(f"{path} is not a readable safetensors file: {e}; fetch it again "
+                        "(with git: `git lfs pull`)") from None
     if len(names) != sum(key != "__metadata__" for key in keys):
         raise UserError(f"{path} is not a readable safetensors file: a name comes twice in it")
     return names

@@ -1768,8 +1768,8 @@ WRONG = [line.split(" -> ") for line in """
 --prompt w1 --kept half -> --kept: should be a fraction in (0, 1], not 'half'
 --prompt w1 --kept 0.05 -> --kept 0.05 cannot be reached
 --prompt w1 --kept 0.5 --d-min 3    -> --d-min: not allowed with argument --kept
---prompt w1 --d-min 0   -> --d-min: should be a positive count
---prompt w1 --d-min 2.5 -> --d-min: should be a positive count
+--prompt w1 --d-min 0   -> --d-min: should be a positive count up to 10^9
+--prompt w1 --d-min 2.5 -> --d-min: should be a positive count up to 10^9
 --prompt w1 --d-min 17  -> --d-min 17 is above the KV width G*d = 16
 --prompt w1 --threshold nan         -> --threshold: should be a number
 --prompt w1 --schedule linear       -> --schedule: invalid choice
@@ -1786,8 +1786,8 @@ WRONG = [line.split(" -> ") for line in """
 --prompt w1 --calibrate {d}/binary  -> {d}/binary is not UTF-8 text (byte 128)
 --prompt w1 --calibrate {d}/one     -> calibrating needs 16
 --prompt w1 --calibrate {d}/text --sinks 9999        -> calibrating needs 16
---prompt w1 --bases /nowhere        -> /nowhere/bases.safetensors holds no bases
---prompt w1 --bases {d} -> {d}/bases.safetensors holds no bases
+--prompt w1 --bases /nowhere        -> /nowhere holds no bases.safetensors; give the folder
+--prompt w1 --bases {d}/text        -> {d}/text holds no bases.safetensors; give the folder
 --prompt w1 --bases {d}/b_kind      -> {d}/b_kind/bases.safetensors holds no bases
 --prompt w1 --bases {d}/b_other     -> was made for another model; make new ones with --save
 --prompt w1 --bases {d}/b_plan      -> {d}/b_plan/bases.safetensors holds no bases that can be read; make some with --save
@@ -1800,8 +1800,8 @@ WRONG = [line.split(" -> ") for line in """
 --prompt w1 --compare --cache full  -> --compare runs all three caches; leave out --cache
 --prompt w1 --sinks 1   -> only --cache bibranch has two branches, and only --calibrate leaves sinks out; leave out --sinks
 --prompt w1 --bits 4    -> only --cache bibranch has two branches
---prompt w1 --cache bibranch --window -1             -> --window: should be a count, not '-1'
---prompt w1 --cache bibranch --sinks 1e3             -> --sinks: should be a count, not '1e3'
+--prompt w1 --cache bibranch --window -1             -> --window: should be a count up to 10^9, not '-1'
+--prompt w1 --cache bibranch --sinks 1e3             -> --sinks: should be a count up to 10^9, not '1e3'
 --prompt w1 --cache bibranch --bits 3                -> --bits: should be a number, 16 or 4, not '3'
 --prompt w1 --cache bibranch --bits 8                -> --bits: invalid choice: 8 (choose from
 --prompt w1 --cache bibranch --bits four             -> --bits: should be a number, 16 or 4, not 'four'
@@ -1811,11 +1811,11 @@ WRONG = [line.split(" -> ") for line in """
 --plan --json=yes       -> --json: ignored explicit argument
 --prompt w1 --context 9 -> nothing is scored without --perplexity; leave out --context
 --prompt w1 --max-tokens 9          -> leave out --max-tokens
---prompt w1 --max-new-tokens 0      -> --max-new-tokens: should be a positive count
+--prompt w1 --max-new-tokens 0      -> --max-new-tokens: should be a positive count up to 10^9
 --prompt w1 --temperature -1        -> --temperature: should be a number >= 0
 --prompt w1 --temperature inf       -> --temperature: should be a number >= 0
 --prompt w1 --temperature 1 --top-p 2                -> --top-p: should be a fraction in (0, 1]
---prompt w1 --temperature 1 --seed x                 -> --seed: should be a count, not 'x'
+--prompt w1 --temperature 1 --seed x                 -> --seed: should be a count up to 10^9, not 'x'
 --prompt w1 --seed 3    -> nothing is drawn at temperature 0; leave out --seed
 --prompt w1 --temperature 0 --top-p 0.9              -> nothing is drawn at temperature 0; leave out --top-p
 --prompt w1 --chat      -> no chat template; leave out --chat
@@ -1825,7 +1825,10 @@ WRONG = [line.split(" -> ") for line in """
 --prompt \udcff         -> cannot read the text: 'utf-8' codec can't encode
 --prompt w1 --model /nowhere        -> /nowhere is not a folder; --model takes one
 --prompt w1 --model {d}/text        -> {d}/text is not a folder; --model takes one
---prompt w1 --model {d} -> {d}/config.json: No such file
+--prompt w1 --model {d} -> {d} holds no config.json; give a folder
+--prompt w1 --model=    -> --model: should not be empty
+--prompt w1 --save=     -> --save: should not be empty
+--prompt - --calibrate -            -> standard input can be read once
 --prompt w1 --model {d}/{long}      -> File name too long
 --prompt w1 --device abacus         -> --device abacus cannot be used; here: cpu
 --prompt w1 --device gpu            -> --device gpu cannot be used; here: cpu
@@ -1835,6 +1838,7 @@ WRONG = [line.split(" -> ") for line in """
 --prompt w1 --save {d}/text         -> --save {d}/text: File exists
 --prompt w1 --save {d}/text/x       -> --save {d}/text/x: Not a directory
 --perplexity /nowhere   -> /nowhere: No such file
+--perplexity /nowhere --model /no-model              -> /nowhere: No such file
 --perplexity {d}        -> {d}: Is a directory
 --perplexity /proc/self/mem         -> /proc/self/mem: Input/output error
 --perplexity {d}/empty  -> {d}/empty holds no text
