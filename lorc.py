@@ -105,8 +105,8 @@ def compressed_dimension(log_tilde, d_max, d_min, schedule="progressive"):
 def ranks(log_tilde, full, d_max, d_min, schedule="progressive", split=0.0, pairs=False):
     """(d_k, d_v) of each layer: Eq. 13 rounded, with `split` * d_max moved from keys to values.
 
-    full: which layers stay whole. Keys and values each keep between 1 and d_max numbers, multiples
-    of rank_step(d_max); with `pairs`, keys an even number.
+    full: which layers stay whole. Keys and values each keep at most d_max numbers, a multiple of
+    rank_step(d_max) and not 0; with `pairs`, keys an even number.
     """
     def whole(x, step):
         return min(d_max, step * max(1, round(x / step)))
@@ -399,7 +399,7 @@ def fingerprint(llama):
     return repr(llama.config), torch.stack(model.gather([row.float().cpu() for row in rows]))
 
 
-def save_bases(folder, llama, plan, bases, method):
+def save_bases(folder, llama, plan, bases):
     """Write bases and plan to folder/bases.safetensors: whole or not at all. Raises UserError."""
     from safetensors.torch import save
     shape, numbers = fingerprint(llama)
@@ -412,7 +412,7 @@ def save_bases(folder, llama, plan, bases, method):
     tensors = {f"layers.{i}.{kind}.{part}": x.clone(memory_format=torch.contiguous_format)
                for i, pair in enumerate(bases) if pair
                for kind, b in zip("kv", pair) for part, x in b._asdict().items() if x is not None}
-    about = {"model": shape, "method": method, "kept": repr(plan.kept),
+    about = {"model": shape,
              "plan": json.dumps({"log_kappa": plan.log_kappa, "ranks": plan.ranks})}
     path = Path(folder) / "bases.safetensors"
     beside = path.with_suffix(f".{os.getpid()}.tmp")
@@ -814,7 +814,7 @@ def run(args):
         plan, bases = choose_bases(args, llama, tokenizer)
     marks.append(time.perf_counter())
     if args.save is not None:
-        save_bases(args.save, llama, plan, bases, args.basis)
+        save_bases(args.save, llama, plan, bases)
         print(f"wrote {Path(args.save) / 'bases.safetensors'}", file=sys.stderr)
     kinds, quiet = ["full", "compressed", "bibranch"], args.json or args.compare
     for kind, i in itertools.product(kinds if args.compare else [args.cache], range(len(jobs))):

@@ -87,7 +87,7 @@ def after(Ws, i):
 
 
 def theorem_3_printed(Ws, ks, L_phi):
-    """Eq. 16, Eq. 17 term by term, as printed. It does not mention the input, so it cannot hold [E11]."""
+    """Eq. 16, Eq. 17 term by term, as printed: without the input, so it cannot hold [E11]."""
     L = len(Ws)
     return [sigma(W, k + 1) * L_phi ** (L - 1 - i) * after(Ws, i)
             for i, (W, k) in enumerate(zip(Ws, ks))]

@@ -412,7 +412,7 @@ def main():
     both("before")
     result["curve"], result["seconds"] = train(llama, factors, windows, held, args)
     with torch.no_grad():
-        lorc.save_bases(args.out, llama, plan, bases_of(factors), "distilled")
+        lorc.save_bases(args.out, llama, plan, bases_of(factors))
     both("after")
 
 

@@ -25,10 +25,10 @@ NAMES = {"full": "full", "compressed": "compressed", "commuting": "compressed, c
 def series(result):
     """{cache: (lengths, times, bytes)}, each an array."""
     tables = result["tables"]
-    unit = tables[0]["rows"]["full compiled"]["ms"]
-    return {name: tuple(map(np.array, zip(*((t["context"], row["ms"] / unit, row["cache_bytes"]) for t in tables
-                                            for row in (t["rows"][f"{name} compiled"],)))))
-            for name in NAMES if f"{name} compiled" in tables[0]["rows"]}
+    lengths, unit = np.array([t["context"] for t in tables]), tables[0]["rows"]["full compiled"]["ms"]
+    rows = {name: [t["rows"][f"{name} compiled"] for t in tables] for name in NAMES}
+    return {name: (lengths, np.array([row["ms"] / unit for row in of]), np.array([row["cache_bytes"] for row in of]))
+            for name, of in rows.items()}
 
 
 def straightness(lengths, times):
