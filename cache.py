@@ -5,13 +5,12 @@ are allocated then, once. `attend(q, k, v, rope)` takes T new tokens, not yet ro
 
     q (B, T, H, d),  k and v (B, T, G, d)  ->  (B, T, H, d)
 
-remembers their keys and values, and answers with causal attention over all that it remembers.
-`nbytes` is the sum of the buffers it holds. `decode` is the same for one token, with shapes that do
-not depend on its place, so that one compiled step serves every place (--compile).
+stores their keys and values, and answers with causal attention over everything stored. What is
+stored comes in parts, exact or low-rank, and `attend` below puts one softmax over all of them:
 
-    FullCache         k rotated, and v                                 2 * G*d numbers a token
-    CompressedCache   latents c_k = U_k^T k and c_v = U_v^T v          d_k + d_v
-    BiBranchCache     first and last tokens exact, latents between     d_k + d_v, or 4 bits each
+    FullCache         [Exact]                              2 * G*d numbers a token
+    CompressedCache   [LowRank]                            d_k + d_v
+    BiBranchCache     [Exact sinks, Exact window, LowRank] d_k + d_v, or 4 bits each, and the exact
 
     k --- down ---> [ c_k ] --- up ---> k~ --- rope ---> q . k~ --- softmax ---> p
     v --- down ---> [ c_v ] ------------- p . c_v, one latent for each head ------------ up ---> o
@@ -19,7 +18,8 @@ not depend on its place, so that one compiled step serves every place (--compile
 A basis is a pair: `down` (d_c, G*d) makes the latent, `up` (G*d, d_c) expands it. In the papers'
 closed forms up = U has orthonormal columns and down = U^T.
 
-Does NOT include: eviction of tokens, paging, or sequences of different lengths in one batch.
+Does NOT include: eviction of tokens, paging, sequences of different lengths in one batch, or the
+fixed-shape step that --compile compiles (runtime/fast.py, tested equal to these).
 """
 from typing import NamedTuple
 
@@ -27,15 +27,52 @@ import torch
 import torch.nn.functional as F
 from torch import einsum
 
-BLOCK = {"cpu": 2**22, "cuda": 2**26}      # bytes of keys that an eager step rebuilds at a time
+BLOCK = {"cpu": 2**22, "cuda": 2**26}      # bytes of keys that are rebuilt at a time
 GROUP = 32                                 # tokens that share one scale and minimum in 4 bits
 
+
+# Eq. 1 -------------------------------------------------------------------------------------------
+
+def attention(q, k, v, mask=None):
+    """Eq. 1: q (B, T, H, d), k and v (B, S, G, d) -> (B, T, H, d).
+
+    Query t sees the keys in mask (T, S); without one, the queries are the last T of S tokens.
+    """
+    T, S, G = q.shape[1], k.shape[1], k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if T == 1 and q.device.type == "cpu":       # a group's heads as queries: each key is read once
+        q = q.unflatten(1, (G, -1)).squeeze(3)                                # (B, G, H/G, d)
+        return F.scaled_dot_product_attention(q, k, v, mask).flatten(1, 2)[:, None]
+    causal = mask is None and T == S > 1
+    if mask is None and 1 < T < S:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+    return o.transpose(1, 2)
+
+
+def scores(q, k):
+    """q . k / sqrt(d): q (B, T, H, d), k (B, S, G, d) -> (B, T, H, S)."""
+    q = q.unflatten(2, (k.shape[2], -1)) * q.shape[-1] ** -0.5               # (B, T, G, H/G, d)
+    return einsum("btgrd,bsgd->btgrs", q, k).flatten(2, 3)
+
+
+def mix(p, v):
+    """p (B, T, H, S) over values v (B, S, G, d) -> (B, T, H, d)."""
+    return einsum("btgrs,bsgd->btgrd", p.unflatten(2, (v.shape[2], -1)), v).flatten(2, 3)
+
+
+def softmax(s, axis=-1):
+    """In float32 at least."""
+    return s.softmax(axis, dtype=torch.promote_types(s.dtype, torch.float32)).to(s.dtype)
+
+
+# Sec. 4.1, App. C: a low-rank map ----------------------------------------------------------------
 
 class Basis(NamedTuple):
     """The low-rank map of keys or of values in one layer: c = down k, k~ = up c.
 
-    Where the map commutes with the rotation, `turns` says which component of a head's frequencies
-    each number of a latent turns with; then latents are cached rotated and no key is rebuilt.
+    `turns` is for a map that commutes with the rotation: the component of a head that each number
+    of a latent turns with. Then latents are cached rotated and no key is rebuilt.
     """
 
     down: torch.Tensor                    # (d_c, G*d)
@@ -79,97 +116,43 @@ class Basis(NamedTuple):
         q = q.unflatten(2, (len(U), -1)) * d**-0.5
         return einsum("btgrd,gdc->btgrc", q, U).flatten(2, 3)
 
-    def block(self, B):
-        """Tokens of B sequences that an eager step rebuilds at a time: full GROUPs, one at least.
-
-        On a CPU, so few that they stay in its cache until they have met the query.
-        """
-        size = BLOCK.get(self.up.device.type, BLOCK["cuda"]) // (B * self.up[:, 0].nbytes)
-        return max(1, size // GROUP) * GROUP
-
     def heads(self, o, d):
         """Mixed latents (B, T, H, d_c) -> (B, T, H, d): Eq. 9, head i with its rows of U [E2]."""
         U = self.up.unflatten(0, (-1, d))                            # (G, d, d_c)
         o = o.unflatten(2, (U.shape[0], -1))                         # (B, T, G, H/G, d_c)
         return einsum("btgrc,gdc->btgrd", o, U).flatten(2, 3)
 
-
-def attention(q, k, v, mask=None):
-    """Eq. 1: q (B, T, H, d), k and v (B, S, G, d) -> (B, T, H, d).
-
-    Query t sees the keys in mask (T, S); without one, the queries are the last T of S tokens.
-    """
-    T, S, G = q.shape[1], k.shape[1], k.shape[2]
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if T == 1 and q.device.type == "cpu":       # a group's heads as queries: each key is read once
-        q = q.unflatten(1, (G, -1)).squeeze(3)                                # (B, G, H/G, d)
-        return F.scaled_dot_product_attention(q, k, v, mask).flatten(1, 2)[:, None]
-    causal = mask is None and T == S > 1
-    if mask is None and 1 < T < S:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
-    return o.transpose(1, 2)
+    def block(self, B):
+        """How many tokens' keys are rebuilt at a time, a multiple of GROUP: on a CPU so few that
+        they stay in its cache until they have met the query."""
+        size = BLOCK.get(self.up.device.type, BLOCK["cuda"]) // (B * self.up[:, 0].nbytes)
+        return max(1, size // GROUP) * GROUP
 
 
-def scores(q, k):
-    """q . k / sqrt(d): q (B, T, H, d), k (B, S, G, d) -> (B, T, H, S)."""
-    q = q.unflatten(2, (k.shape[2], -1)) * q.shape[-1] ** -0.5               # (B, T, G, H/G, d)
-    return einsum("btgrd,bsgd->btgrs", q, k).flatten(2, 3)
+# Parts of a cache, and one softmax over them -----------------------------------------------------
 
+class Exact(NamedTuple):
+    """Keys, rotated, and values as they came, (B, S, G, d)."""
 
-def static_scores(q, c, K, places, rope):
-    """K.scores of one query (B, 1, H, d), rotated, and latents c (B, S, d_c): (B, S, H).
+    k: torch.Tensor
+    v: torch.Tensor
 
-    Written so that a compiler reads each rebuilt key once: it is turned and multiplied with all
-    queries of its group in registers, and no rotated key is ever stored. Heads come last, as they
-    lie in memory: softmax and product then pass over them in that order.
-    """
-    if K.turns is not None:
-        return einsum("bthc,bsc->bsh", K.fold(q), c)
-    d = q.shape[-1]
-    first, second = rope.halves(K.expand(c, d), places)                      # (B, S, G, d/2)
-    q = q.unflatten(2, (first.shape[2], -1)) * d**-0.5                       # (B, 1, G, H/G, d)
-    s = [(first * one[..., :d // 2] + second * one[..., d // 2:]).sum(-1) for one in q.unbind(3)]
-    return torch.stack(s, -1).flatten(2)
-
-
-def mix(p, v):
-    """p (B, T, H, S) over values v (B, S, G, d) -> (B, T, H, d)."""
-    return einsum("btgrs,bsgd->btgrd", p.unflatten(2, (v.shape[2], -1)), v).flatten(2, 3)
-
-
-def softmax(s, axis=-1):
-    """In float32 at least."""
-    return s.softmax(axis, dtype=torch.promote_types(s.dtype, torch.float32)).to(s.dtype)
-
-
-class FullCache:
-    """Every key, rotated, and every value: Eq. 4."""
-
-    settled = True
-
-    def __init__(self, B, capacity, G, d, dtype=None, device=None):
-        self.k = torch.zeros(B, capacity, G, d, dtype=dtype, device=device)
-        self.v = torch.zeros_like(self.k)
-        self.capacity, self.n = capacity, 0
-
-    def attend(self, q, k, v, rope):
-        new = slice(self.n, self.n + q.shape[1])
-        self.k[:, new], self.v[:, new], self.n = rope(k, new), v, new.stop
-        return attention(rope(q, new), self.k[:, :self.n], self.v[:, :self.n])
-
-    def decode(self, q, k, v, rope, at):
-        self.k[:, at], self.v[:, at] = rope(k, at), v
-        seen = torch.arange(self.capacity, device=at.device) <= at[:, None]
-        return attention(rope(q, at), self.k, self.v, seen)
+    def scores(self, q):
+        return scores(q, self.k)
 
     @property
-    def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
+    def size(self) -> int:
+        return self.k.shape[1]
+
+    def mix(self, p, d):
+        return mix(p, self.v)
+
+    def whole(self, d):
+        return self.k, self.v
 
 
-class CompressedCache:
-    """Latents only (Secs. 4.1, 4.3, App. C). Nothing of full width outlives a call.
+class LowRank(NamedTuple):
+    """Latents of the tokens at places `at`, in any store that can `read` a span of them.
 
     The rotation stands between U_k and the cached key and depends on that key's position, so U_k
     cannot be folded into the query (Eq. 7 fails, [E4]) unless it commutes with the rotation: keys
@@ -177,59 +160,60 @@ class CompressedCache:
     mixture expanded (Eq. 9, [E5], [E18]).
     """
 
-    settled = True
-
-    def __init__(self, B, capacity, K: Basis, V: Basis, d):
-        self.K, self.V, self.d = K, V, d
-        self.c_k = K.down.new_zeros(B, capacity, K.d_c)
-        self.c_v = V.down.new_zeros(B, capacity, V.d_c)
-        self.capacity, self.n = capacity, 0
-
-    def attend(self, q, k, v, rope):
-        new = slice(self.n, self.n + q.shape[1])
-        self.c_k[:, new] = self.K.latents(k, rope, new)
-        self.c_v[:, new], self.n = self.V.shrink(v), new.stop
-        c_k, c_v, q = self.c_k[:, :self.n], self.c_v[:, :self.n], rope(q, new)
-        if q.shape[1] > 1:                           # many queries: rebuild once, attend fused
-            keys = self.K.keys(c_k, rope, slice(0, self.n), self.d)
-            return attention(q, keys, self.V.expand(c_v, self.d))
-        step = self.K.block(len(q))
-        blocks = [slice(i, min(i + step, self.n)) for i in range(0, self.n, step)]
-        p = softmax(torch.cat([self.K.scores(q, c_k[:, b], rope, b) for b in blocks], -1))
-        return self.V.heads(einsum("bths,bsc->bthc", p, c_v), self.d)
-
-    def decode(self, q, k, v, rope, at):
-        self.c_k[:, at], self.c_v[:, at] = self.K.latents(k, rope, at), self.V.shrink(v)
-        s = static_scores(rope(q, at), self.c_k, self.K, slice(0, self.capacity), rope)
-        seen = torch.arange(self.capacity, device=at.device)[:, None] <= at
-        p = softmax(s.where(seen, -torch.inf), 1)                                # (B, S, H)
-        return self.V.heads(einsum("bsh,bsc->bhc", p, self.c_v)[:, None], self.d)
+    K: Basis
+    V: Basis
+    c_k: "Latents | Latents4"
+    c_v: "Latents | Latents4"
+    rope: object
+    at: slice
 
     @property
-    def nbytes(self) -> int:
-        return self.c_k.nbytes + self.c_v.nbytes
+    def size(self) -> int:
+        return self.at.stop - self.at.start
+
+    def blocks(self, B):
+        """(span in the store, its places) of every block of tokens."""
+        start, step = self.at.start, self.K.block(B)
+        for i in range(0, self.size, step):
+            j = min(i + step, self.size)
+            yield slice(i, j), slice(start + i, start + j)
+
+    def scores(self, q):
+        return torch.cat([self.K.scores(q, self.c_k.read(span), self.rope, at)
+                          for span, at in self.blocks(len(q))], -1)
+
+    def mix(self, p, d):
+        mixed = sum(einsum("bths,bsc->bthc", p[..., span], self.c_v.read(span))
+                    for span, _ in self.blocks(len(p)))
+        return self.V.heads(mixed, d)
+
+    def whole(self, d):
+        span = slice(0, self.size)
+        return (self.K.keys(self.c_k.read(span), self.rope, self.at, d),
+                self.V.expand(self.c_v.read(span), d))
 
 
-class Static(NamedTuple):
-    """A cache that is asked for one token at place `at`, a tensor (1,): no shape tells where."""
+def attend(q, parts):
+    """Attention of q (B, T, H, d), rotated, over all parts together: one softmax.
 
-    cache: "FullCache | CompressedCache | BiBranchCache"
-    at: torch.Tensor
+    A single query meets latents as Eq. 9 has it, and nothing of full width outlives a block. For
+    many queries it is cheaper to rebuild everything once; the last T keys are then their own.
+    """
+    d, parts = q.shape[-1], [part for part in parts if part.size]
+    if q.shape[1] > 1:
+        return attention(q, *(torch.cat(x, 1) for x in zip(*(part.whole(d) for part in parts))))
+    p = softmax(torch.cat([part.scores(q) for part in parts], -1))
+    shares = p.split([part.size for part in parts], -1)
+    return sum(part.mix(share, d) for part, share in zip(parts, shares))
 
-    def attend(self, q, k, v, rope):
-        return self.cache.decode(q, k, v, rope, self.at)
 
-    @property
-    def capacity(self) -> int:
-        return self.cache.capacity
-
+# What parts are stored in ------------------------------------------------------------------------
 
 class Latents:
     """A growing list of latents (B, S, d_c), kept as they come."""
 
     def __init__(self, B, capacity, d_c, like):
-        self.capacity, self.n = capacity, 0
-        self.c = like.new_zeros(B, -(-capacity // 8) * 8, d_c)   # matrix units want multiples of 8
+        self.n, self.c = 0, like.new_zeros(B, capacity, d_c)
 
     def append(self, c):
         self.c[:, self.n:self.n + c.shape[1]] = c
@@ -237,15 +221,6 @@ class Latents:
 
     def read(self, span):
         return self.c[:, span]
-
-    def put(self, c, at):
-        """Append c (B, 1, d_c) at place `at`, a tensor (1,)."""
-        self.c[:, at] = c
-
-    def whole(self, at):
-        """The whole buffer (B, S, d_c), its places (S,), and which are filled up to place `at`."""
-        places = torch.arange(self.c.shape[1], device=at.device)
-        return self.c, places.clamp(max=self.capacity - 1), places <= at
 
     @property
     def nbytes(self) -> int:
@@ -285,7 +260,7 @@ class Latents4:
     """
 
     def __init__(self, B, capacity, d_c, like):
-        self.capacity, groups = capacity, capacity // GROUP
+        groups = capacity // GROUP
         self.packed = like.new_zeros(B, groups * GROUP // 2, d_c, dtype=torch.uint8)
         self.low, self.step = like.new_zeros(2, B, groups, 1, d_c)
         self.waiting, self.n = like.new_zeros(B, min(GROUP, capacity), d_c), 0
@@ -309,29 +284,49 @@ class Latents4:
         late = self.waiting[:, :max(0, span.stop - done * GROUP)]
         return torch.cat((old[:, :span.stop - span.start], late), 1)
 
-    def put(self, c, at):
-        """Append c (B, 1, d_c) at place `at`; the group it is in is written when it is full."""
-        self.waiting[:, at % GROUP] = c
-        if groups := self.low.shape[1]:
-            full, group = (at + 1) % GROUP == 0, (at // GROUP).clamp(max=groups - 1)
-            packed, low, step = quantize(self.waiting)
-            half = group * GROUP // 2 + torch.arange(GROUP // 2, device=at.device)
-            for store, i, x in ((self.packed, half, packed),
-                                (self.low, group, low), (self.step, group, step)):
-                store[:, i] = torch.where(full.view(-1, *[1] * (x.dim() - 2)), x, store[:, i])
-
-    def whole(self, at):
-        """All groups and the waiting tokens (B, S, d_c), their places, which are filled [0, at]."""
-        old, new = (torch.arange(n, device=at.device)
-                    for n in (2 * self.packed.shape[1], self.waiting.shape[1]))
-        done = (at + 1) // GROUP * GROUP
-        c = torch.cat((dequantize(self.packed, self.low, self.step), self.waiting), 1)
-        places = torch.cat((old, (done + new).clamp(max=self.capacity - 1)))
-        return c, places, torch.cat((old < done, done + new <= at))
-
     @property
     def nbytes(self) -> int:
         return self.packed.nbytes + self.low.nbytes + self.step.nbytes + self.waiting.nbytes
+
+
+# The three caches --------------------------------------------------------------------------------
+
+class FullCache:
+    """Every key, rotated, and every value: Eq. 4."""
+
+    def __init__(self, B, capacity, G, d, dtype=None, device=None):
+        self.k = torch.zeros(B, capacity, G, d, dtype=dtype, device=device)
+        self.v = torch.zeros_like(self.k)
+        self.capacity, self.n = capacity, 0
+
+    def attend(self, q, k, v, rope):
+        new = slice(self.n, self.n + q.shape[1])
+        self.k[:, new], self.v[:, new], self.n = rope(k, new), v, new.stop
+        return attention(rope(q, new), self.k[:, :self.n], self.v[:, :self.n])
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+
+class CompressedCache:
+    """LoRC: latents of every token, and nothing else (Secs. 4.1, 4.3)."""
+
+    def __init__(self, B, capacity, K: Basis, V: Basis, d):
+        self.K, self.V, self.capacity, self.n = K, V, capacity, 0
+        self.c_k, self.c_v = (Latents(B, capacity, b.d_c, b.down) for b in (K, V))
+
+    def attend(self, q, k, v, rope):
+        new = slice(self.n, self.n + q.shape[1])
+        self.c_k.append(self.K.latents(k, rope, new))
+        self.c_v.append(self.V.shrink(v))
+        self.n = new.stop
+        every = slice(0, self.n)
+        return attend(rope(q, new), [LowRank(self.K, self.V, self.c_k, self.c_v, rope, every)])
+
+    @property
+    def nbytes(self) -> int:
+        return self.c_k.nbytes + self.c_v.nbytes
 
 
 class BiBranchCache:
@@ -347,13 +342,16 @@ class BiBranchCache:
 
     def __init__(self, B, capacity, K: Basis, V: Basis, d, sinks=4, window=32, bits=16,
                  strict=False):
-        G, store = K.up.shape[0] // d, {16: Latents, 4: Latents4}[bits]
         self.K, self.V, self.d, self.bits, self.strict = K, V, d, bits, strict
         self.sinks, self.window, self.capacity, self.n = sinks, window, capacity, 0
-        self.sink_k, self.sink_v = K.down.new_zeros(2, B, min(sinks, capacity), G, d)
-        slots, between = min(window, max(0, capacity - sinks)), max(0, capacity - sinks - window)
-        self.ring_k, self.ring_v = K.down.new_zeros(2, B, slots, G, d)
-        self.c_k, self.c_v = store(B, between, K.d_c, K.down), store(B, between, V.d_c, V.down)
+        after = max(0, capacity - sinks)                         # tokens that sinks have no room for
+        self.sink_k, self.sink_v, self.ring_k, self.ring_v = (
+            K.down.new_zeros(B, size, K.up.shape[0] // d, d)
+            for size in 2 * [min(sinks, capacity)] + 2 * [min(window, after)])
+        store, between = {16: Latents, 4: Latents4}[bits], max(0, after - window)
+        if bits == 16:
+            between = -(-between // 8) * 8                       # matrix units want multiples of 8
+        self.c_k, self.c_v = (store(B, between, b.d_c, b.down) for b in (K, V))
 
     def attend(self, q, k, v, rope):
         new = slice(self.n, self.n + q.shape[1])
@@ -362,11 +360,25 @@ class BiBranchCache:
             return self.score(q, k, v, rope)
         if q.shape[1] == 1:
             self.remember(k, v, rope)
-            return self.step(q, rope)
-        keys, values = self.everything(rope)
-        o = attention(q, torch.cat((*keys, rope(k, new)), 1), torch.cat((*values, v), 1))
+            return attend(q, self.parts(rope))
+        o = attend(q, [*self.parts(rope), Exact(rope(k, new), v)])
         self.remember(k, v, rope)
         return o
+
+    def places(self):
+        """Positions of what is held: sinks, between, and the ring's slots in the order they lie."""
+        places = max(self.n - self.sinks, 0)
+        slot = torch.arange(min(places, self.window), device=self.ring_k.device)
+        ring = self.sinks + places - 1 - (places - 1 - slot) % max(1, self.window)
+        between = slice(self.sinks, self.sinks + max(0, places - self.window))
+        return slice(0, min(self.n, self.sinks)), between, ring
+
+    def parts(self, rope):
+        """Both branches: sinks and window, exact, and the latents between."""
+        first, between, ring = self.places()
+        return [Exact(rope(self.sink_k[:, first], first), self.sink_v[:, first]),
+                Exact(rope(self.ring_k[:, :len(ring)], ring), self.ring_v[:, :len(ring)]),
+                LowRank(self.K, self.V, self.c_k, self.c_v, rope, between)]
 
     def remember(self, k, v, rope):
         """Append k, v (B, T, G, d): to the sinks, then through the window into the latents."""
@@ -389,68 +401,6 @@ class BiBranchCache:
             self.c_k.append(self.K.latents(gone_k, rope, gone))
             self.c_v.append(self.V.shrink(gone_v))
         self.ring_k[:, new], self.ring_v[:, new] = k[:, first + T - keep:], v[:, first + T - keep:]
-
-    def branches(self):
-        """Positions of what is held: sinks, between, and the ring's slots in the order they lie."""
-        places = max(self.n - self.sinks, 0)
-        slot = torch.arange(min(places, self.window), device=self.ring_k.device)
-        ring = self.sinks + places - 1 - (places - 1 - slot) % max(1, self.window)
-        between = slice(self.sinks, self.sinks + max(0, places - self.window))
-        return slice(0, min(self.n, self.sinks)), between, ring
-
-    def step(self, q, rope):
-        """One query over both branches, one softmax: q (B, 1, H, d), rotated -> (B, 1, H, d)."""
-        first, between, ring = self.branches()
-        a, m = first.stop, between.stop - between.start
-        size = self.K.block(len(q))
-        blocks = [slice(i, min(i + size, m)) for i in range(0, m, size)]
-        keys = [rope(self.sink_k[:, :a], first), rope(self.ring_k[:, :len(ring)], ring)]
-        s = [scores(q, k) for k in keys]
-        s += [self.K.scores(q, self.c_k.read(b), rope, slice(a + b.start, a + b.stop))
-              for b in blocks]
-        p = softmax(torch.cat(s, -1))                                # sinks, window, between
-        exact = torch.cat((self.sink_v[:, :a], self.ring_v[:, :len(ring)]), 1)
-        o = mix(p[..., :exact.shape[1]], exact)
-        if m:
-            late = p[..., exact.shape[1]:]
-            c = sum(einsum("bths,bsc->bthc", late[..., b], self.c_v.read(b)) for b in blocks)
-            o = o + self.V.heads(c, self.d)
-        return o
-
-    def decode(self, q, k, v, rope, at):
-        place = at - self.sinks
-        slot, gone = place % max(1, self.window), place - self.window
-        gone_k, gone_v = (self.ring_k[:, slot], self.ring_v[:, slot]) if self.window else (k, v)
-        self.c_k.put(self.K.latents(gone_k, rope, at - self.window), gone)
-        self.c_v.put(self.V.shrink(gone_v), gone)
-        if self.window:
-            self.ring_k[:, slot], self.ring_v[:, slot] = k, v
-        ring = at - (slot - torch.arange(self.window, device=at.device)) % max(1, self.window)
-        (c_k, places, filled), (c_v, *_) = self.c_k.whole(gone), self.c_v.whole(gone)
-        q, exact = rope(q, at), (rope(self.sink_k, slice(0, self.sinks)), rope(self.ring_k, ring))
-        late = static_scores(q, c_k, self.K, self.sinks + places, rope)
-        first = scores(q, torch.cat(exact, 1))[:, 0].transpose(1, 2)
-        p = softmax(torch.cat((first, late.where(filled[:, None], -torch.inf)), 1), 1)
-        exact = torch.cat((self.sink_v, self.ring_v), 1)
-        o = mix(p[:, :exact.shape[1]].transpose(1, 2)[:, None], exact)
-        c = einsum("bsh,bsc->bhc", p[:, exact.shape[1]:], c_v)[:, None]
-        return o + self.V.heads(c, self.d)
-
-    @property
-    def settled(self) -> bool:
-        """Whether decode can take over: sinks and window are full."""
-        return self.n >= self.sinks + self.window
-
-    def everything(self, rope):
-        """Keys, rotated, and values of all that is held, at full width, branch by branch."""
-        first, between, ring = self.branches()
-        every = slice(0, between.stop - between.start)
-        keys = (rope(self.sink_k[:, :first.stop], first),
-                self.K.keys(self.c_k.read(every), rope, between, self.d),
-                rope(self.ring_k[:, :len(ring)], ring))
-        values = (self.sink_v[:, :first.stop], self.V.expand(self.c_v.read(every), self.d),
-                  self.ring_v[:, :len(ring)])
-        return keys, values
 
     def score(self, q, k, v, rope):
         """The decode regime for a whole text in one pass, by masks: q rotated, k and v not.

@@ -31,6 +31,8 @@ from safetensors.torch import load_file, save_file
 
 import cache
 import lorc
+from runtime import cli as command, fast, jobs as running, many
+from runtime.text import Stream, Tokenizer
 import model
 import theory
 from cache import Basis, BiBranchCache, CompressedCache, FullCache
@@ -57,7 +59,8 @@ def beside(request, tmp_path_factory):
     jobs = {}
     for name in asked & {"compiled_in_c", "every_experiment"}:
         folder = tmp_path_factory.mktemp(name)
-        program = f"import test_lorc; test_lorc.run_{name}(test_lorc.Path({str(folder)!r}))"
+        home = {"compiled_in_c": "test_lorc", "every_experiment": "test_experiments"}[name]
+        program = f"import sys; sys.path.append('experiments'); import {home} as t; t.run_{name}(t.Path({str(folder)!r}))"
         jobs[name] = subprocess.Popen([sys.executable, "-c", program], cwd=HERE, text=True,
                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT), folder
     yield jobs
@@ -146,14 +149,14 @@ def small():
 def real():
     """The real checkpoint in float32, with its tokenizer and some of its own text."""
     llama = model.load(REAL, torch.float32)
-    tokenizer = model.Tokenizer(REAL, llama.config)
+    tokenizer = Tokenizer(REAL, llama.config)
     return llama, tokenizer, torch.tensor([tokenizer.encode("Once upon a time there was a little girl. ")])
 
 
 def cli(capsys, *args):
     """(status, standard output, standard error) of one command, in this process."""
     try:
-        status = lorc.main([str(a) for a in args])
+        status = command.main([str(a) for a in args])
     except SystemExit as e:
         status = e.code
     return status, *capsys.readouterr()
@@ -248,337 +251,6 @@ def test_logits_are_those_that_transformers_gave(variant, tmp_path):
     assert ((got - want).abs() / want.abs()[-1]).max() < 1e-6 and abs(got[-1] / want[-1] - 1) < 1e-5
 
 
-# Sec. 3: reading checkpoints -------------------------------------------------------- by hand ---
-
-def test_shards_and_one_file_give_the_same_model(tmp_path):
-    one = model.load(write_checkpoint(tmp_path / "one", RAW), torch.float32)
-    many = model.load(write_checkpoint(tmp_path / "many", RAW, shards=3), torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), many.parameters(), strict=True))
-
-
-def test_weights_come_in_the_wanted_dtype_and_by_default_in_their_own(tmp_path):
-    folder = write_checkpoint(tmp_path, RAW, dtype=torch.bfloat16)
-    assert {p.dtype for p in model.load(folder).parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in model.load(folder, torch.float32).parameters()} == {torch.float32}
-
-
-def test_loading_needs_at_most_a_quarter_more_memory_than_the_weights(tmp_path):
-    """Peak resident memory of loading 64 MB of bfloat16 as float32, over what the process held before."""
-    raw = RAW | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 4000}
-    rng, small = np.random.default_rng(0), write_checkpoint(tmp_path / "small", RAW)
-    weights = {k: rng.random(s, np.float32) for k, s in tensor_shapes(raw).items()}
-    big = write_checkpoint(tmp_path / "big", raw, weights, dtype=torch.bfloat16)
-    program = f"""if 1:
-        import torch, model
-        def status(key):
-            return next(int(x.split()[1]) * 1024 for x in open('/proc/self/status') if x.startswith(key))
-        model.load({str(small)!r}, torch.float32)
-        before = status('VmRSS')
-        llama = model.load({str(big)!r}, torch.float32)
-        print((status('VmHWM') - before) / sum(p.nbytes for p in llama.parameters()))"""
-    ratio = subprocess.run([sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True, check=True)
-    assert 0.95 < float(ratio.stdout) < 1.25
-
-
-@pytest.mark.parametrize("change, word", [
-    ({"model_type": "gpt2"}, "gpt2"), ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
-    ({"sliding_window": 4096}, "sliding window"), ({"quantization_config": {"bits": 4}}, "quantized"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"), ({"hidden_act": "gelu"}, "gelu"),
-    ({"rope_scaling": {"type": "linear"}}, "factor"), ({"hidden_size": -1}, "hidden_size"),
-    ({"num_hidden_layers": "two"}, "num_hidden_layers"), ({"num_attention_heads": 3}, "multiple"),
-    ({"head_dim": 7}, "even"), ({"vocab_size": True}, "vocab_size"), ({"rms_norm_eps": "tiny"}, "rms_norm_eps"),
-    ({"rope_scaling": [1]}, "rope_scaling"), ({"partial_rotary_factor": 0.5}, "partial"),
-])
-def test_what_is_not_computed_is_refused_by_name(change, word, tmp_path, capsys):
-    (tmp_path / "config.json").write_text(json.dumps(RAW | change))
-    status, out, err = cli(capsys, "--model", tmp_path, "--prompt", "w1")
-    assert status == 2 and out == "" and word in err and err.count("\n") == 1
-
-
-def spoil(folder, what):
-    """Break one thing in a good checkpoint."""
-    weights = folder / "model.safetensors"
-    if what in ("config.json", "tokenizer.json", "model.safetensors"):
-        (folder / what).unlink()
-    elif what == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif what == "malformed":
-        (folder / "config.json").write_text('{"model_type": ')
-    elif what == "shard":
-        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "gone.safetensors"}}')
-    elif what == "outside":
-        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "../x.safetensors"}}')
-    else:
-        tensors = {k: torch.tensor(v) for k, v in formula_weights(RAW).items()}
-        name = "model.layers.1.self_attn.k_proj.weight"
-        tensors |= {"shape": {name: torch.zeros(3, 3)}, "bias": {name[:-6] + "bias": torch.zeros(16)},
-                    "nan": {name: torch.full((16, 32), torch.nan)}, "int8": {name: torch.zeros(16, 32, dtype=torch.int8)},
-                    "missing": {}}[what]
-        if what == "missing":
-            del tensors[name]
-        save_file(tensors, weights)
-
-
-@pytest.mark.parametrize("what, word", [
-    ("config.json", "config.json"), ("tokenizer.json", "tokenizer"), ("model.safetensors", "model.safetensors"),
-    ("truncated", "not a readable"), ("malformed", "not valid JSON"), ("shard", "gone.safetensors"),
-    ("outside", "not a file in"), ("shape", "has shape (3, 3)"), ("missing", "lacks the tensor"),
-    ("bias", "k_proj.bias"), ("nan", "NaN"), ("int8", "quantized"),
-])
-def test_a_broken_folder_ends_with_one_line(what, word, tmp_path, capsys):
-    spoil(write_checkpoint(tmp_path, RAW), what)
-    status, out, err = cli(capsys, "--model", tmp_path, "--prompt", "w1", "--cache", "full")
-    assert status == 2 and out == "" and word in err and err.count("\n") == 1
-
-
-def config(**change):
-    return "config.json", lambda data: json.dumps(json.loads(data) | change).encode()
-
-
-def index(**change):
-    names = dict.fromkeys(tensor_shapes(RAW), "model.safetensors") | change.pop("names", {})
-    return "model.safetensors.index.json", lambda data: json.dumps({"weight_map": names} | change).encode()
-
-
-def header(old, new, count=1):
-    """A change of the text that precedes the weights in a safetensors file; its length is kept right."""
-    def change(data):
-        size = int.from_bytes(data[:8], "little")
-        text = data[8:8 + size].replace(old, new, count)
-        assert text != data[8:8 + size]
-        return len(text).to_bytes(8, "little") + text + data[8 + size:]
-    return "model.safetensors", change
-
-
-def weights(word):
-    """One number of the weights, not in the first tensor alone."""
-    return "model.safetensors", lambda data: data[:-4000] + np.float32(word).tobytes() + data[-3996:]
-
-
-def file(name, content):
-    return name, lambda data: content
-
-
-PANIC = b""""post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "A", "type_id": 0}}], "pair": [],
-         "special_tokens": {"B": {"id": "A", "ids": [1], "tokens": ["w1"]}}}"""                  # the key and the id differ
-NORM = b'"model.norm.weight":{"dtype":"F32","shape":[32],"data_offsets":['
-FORGED = [
-    (config(hidden_size=0), "hidden_size should be a positive int below 2**31, not 0"),
-    (config(vocab_size=2**31), "vocab_size should be"),
-    (config(num_hidden_layers=2**31 - 1), "2147483647 layers"),
-    (config(num_hidden_layers=3), "lacks the tensor model.layers.2"),
-    (config(num_hidden_layers=1), "'model.layers.1."),
-    (config(num_attention_heads=2**30, head_dim=2**30), "beyond what a tensor can have"),
-    (config(hidden_size=2**31 - 1, intermediate_size=2**31 - 1, head_dim=8), "beyond what a tensor can have"),
-    (config(vocab_size=2**31 - 1), "has shape (61, 32), config.json implies (2147483647, 32)"),
-    (config(vocab_size=60), "implies (60, 32)"),
-    (config(rms_norm_eps=float("nan")), "rms_norm_eps should be a positive float below 1e30, not nan"),
-    (config(rms_norm_eps=0), "rms_norm_eps"),
-    (config(rope_theta=1e300), "rope_theta should be"),
-    (config(rope_theta=1e-9), "rope_theta and factor should be at least 1"),
-    (config(rope_scaling=LLAMA3 | {"low_freq_factor": 4.0}), "low_freq_factor should be below"),
-    (config(max_position_embeddings=-5), "max_position"),
-    (config(model_type=["llama"]), "['llama'] model"),
-    (config(rope_scaling="x"), "rope_scaling should be an object"),
-    (file("config.json", b"[" * 100_000), "not valid JSON"),
-    (file("config.json", b'{"a":' * 100_000), "not valid JSON"),
-    (file("config.json", b"[]"), "should hold a JSON object, not a list"),
-    (file("config.json", b"\xff\xfe"), "not UTF-8"),
-    (file("config.json", b"9" * 5000), "not valid JSON"),
-    (file("config.json", b" " * (2**26 + 1)), "larger than 64 MiB"),
-    (index(names={"model.norm.weight": "../model.safetensors"}), "'../model.safetensors', which is not a file in"),
-    (index(names={"model.norm.weight": "/etc/passwd"}), "'/etc/passwd', which is not"),
-    (index(names={"model.norm.weight": "."}), "not a file in"),
-    (index(names={"model.norm.weight": "a\0b"}), "not a file in"),
-    (index(names={"model.norm.weight": "\ud800"}), "not a file in"),
-    (index(names={"model.norm.weight": None}), "'None', which is not a file"),
-    (index(names={"model.norm.weight": "config.json"}), "not a readable"),
-    (index(weight_map=[1]), "has no weight_map"),
-    (index(weight_map={}), "has no weight_map"),
-    (header(NORM, NORM[:-1] + b"[" * 9), "not a readable safetensors file"),
-    (header(b'"F32"', b'"F16"'), "not a readable"),
-    (header(b'"F32"', b'"F99"'), "not a readable"),
-    (header(NORM, NORM + b"-"), "not a readable"),
-    (header(NORM, NORM + b"9" * 20), "not a readable"),
-    (header(b"{", b"{" + NORM + b"0,128]},"), "a name comes twice"),
-    (header(NORM, NORM + b'0,128],"x":['), "invalid offset"),
-    (header(b'"shape":[32]', b'"shape":[18446744073709551615,2]'), "not a readable"),
-    (header(b"{", b"[" * 100_000), "not a readable"),
-    (header(b"[16,32]", b"[32,16]"), "has shape (32, 16), config.json implies (16, 32)"),
-    (header(b"[16,32]", b"[512]"), "has shape (512,)"),
-    (("model.safetensors", lambda data: (2**62).to_bytes(8, "little") + data[8:]), "not a readable"),
-    (file("model.safetensors", b""), "not a readable"),
-    (weights("nan"), "holds NaN or infinite numbers"),
-    (weights("-inf"), "holds NaN or infinite numbers"),
-    (("tokenizer.json", lambda data: data.replace(b'"post_processor": null', PANIC)), "cannot read the text: no entry found for key"),
-    (file("tokenizer.json", b"{}"), "cannot be read as a tokenizer"),
-    (file("tokenizer.json", b"\xff"), "not UTF-8"),
-    (file("tokenizer.json", b"[" * 100_000), "cannot be read as a tokenizer"),
-    (file("tokenizer_config.json", b"[]"), "should hold a JSON object"),
-    (file("tokenizer_config.json", b'{"bos_token": "\\udcff"}'), "cannot read the text: 'utf-8' codec"),
-    (file("generation_config.json", b"x"), "not valid JSON"),
-    (("tokenizer.json", lambda data: data.replace(b'"w1": 1,', b'"w1": 99,')), "gives token 99, config.json has vocab_size 61"),
-]
-
-
-@pytest.mark.parametrize("how, word", FORGED, ids=[f"{name}: {word}" for (name, _), word in FORGED])
-def test_a_forged_checkpoint_ends_with_one_line(how, word, tmp_path, capfd):
-    """Each a change of one file; those that fuzzing found are among them. File 2 is read, where a panic in Rust would write."""
-    (name, change), folder = how, write_checkpoint(tmp_path, RAW)
-    path = folder / name
-    path.write_bytes(change(path.read_bytes() if path.exists() else b""))
-    status, out, err = cli(capfd, "--model", folder, "--prompt", "w1", "--cache", "full")
-    assert (status, out, err.count("\n")) == (2, "", 1) and word in err and len(err) < 450
-
-
-def test_a_tensor_in_two_shards_ends_with_one_line(tmp_path, capsys):
-    folder = write_checkpoint(tmp_path, RAW, shards=2)
-    (folder / "model-1.safetensors").write_bytes((folder / "model-0.safetensors").read_bytes())
-    status, out, err = cli(capsys, "--model", folder, "--prompt", "w1", "--cache", "full")
-    assert status == 2 and "and so does another shard" in err and err.count("\n") == 1
-
-
-def test_weights_may_be_links_in_the_hubs_cache_and_nowhere_else(tmp_path, capsys):
-    """models--x/snapshots/rev/model.safetensors -> ../../blobs/hash, as huggingface_hub makes it."""
-    repository = tmp_path / "models--a--b"
-    folder = write_checkpoint(repository / "snapshots" / "rev", RAW)
-    (repository / "blobs").mkdir()
-    for target, word in ((repository / "blobs" / "hash", None), (tmp_path / "elsewhere", "is not a plain file in this folder")):
-        (folder / "model.safetensors").resolve().rename(target)
-        (folder / "model.safetensors").unlink(missing_ok=True)
-        (folder / "model.safetensors").symlink_to(os.path.relpath(target, folder))
-        status, _, err = cli(capsys, "--model", folder, "--prompt", "w1", "--cache", "full", "--max-new-tokens", 1)
-        assert (status, err.count("\n")) == (2, 1) and word in err if word else status == 0
-    (folder / "config.json").unlink()
-    os.mkfifo(folder / "config.json")
-    status, _, err = cli(capsys, "--model", folder, "--prompt", "w1")
-    assert status == 2 and "config.json is not a plain file" in err
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub's API as a download needs: what is in a repository, and its files."""
-
-    def do_GET(self):
-        parts = self.path.split("?")[0].strip("/").split("/")
-        api = parts[:2] == ["api", "models"]
-        name = "/".join(parts[2:4] if api else parts[:2])
-        files, path = self.server.repositories.get(name, {}), "/".join(parts[4:])
-        if name == "org/gated":
-            self.reply(403, {"X-Error-Code": "GatedRepo"})
-        elif not files:
-            self.reply(404, {"X-Error-Code": "RepoNotFound"})
-        elif api and "tree" in parts:
-            self.reply(200, {}, json.dumps([{"type": "file", "path": f, "size": len(x), "oid": f} for f, x in files.items()]).encode())
-        elif api:
-            self.reply(200, {}, json.dumps({"id": name, "sha": "a" * 40, "siblings": [{"rfilename": f} for f in files]}).encode())
-        else:
-            self.server.asked.add(path)
-            self.reply(200, {"ETag": f'"{path}"', "X-Repo-Commit": "a" * 40}, files[path])
-
-    do_HEAD = do_GET
-
-    def reply(self, status, headers, body=b""):
-        self.send_response(status)
-        for item in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(*item)
-        self.end_headers()
-        self.wfile.write(body if self.command == "GET" else b"")
-
-    def log_message(self, *args):
-        pass
-
-
-HUB_CLIENT = """
-import contextlib, io, json, sys, lorc
-import huggingface_hub.constants as hub
-answers = []
-for name in "good gated nothing pickled/x a--b good gone good gone".split():
-    if len(answers) == 5:
-        hub.ENDPOINT = "http://127.0.0.1:9"                # nobody listens there
-    hub.HF_HUB_OFFLINE = len(answers) >= 7
-    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
-        status = lorc.main(["--model", name if "/" in name else "org/" + name, "--prompt", "w1", "--max-new-tokens", "2"])
-    answers.append((name, status, err.getvalue().splitlines()[-1]))
-print(json.dumps(answers))
-"""
-
-
-def test_a_hub_id_downloads_what_is_read_and_else_says_in_one_line_why_not(tmp_path):
-    """Against a server on the loopback address: there, gated, not there, without safetensors, no valid name;
-    then with the server gone, and with HF_HUB_OFFLINE: what was downloaded before still runs."""
-    folder = write_checkpoint(tmp_path / "good", RAW, shards=2)
-    good = {f.name: f.read_bytes() for f in folder.iterdir()}
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.asked, junk = set(), dict.fromkeys(["pytorch_model.bin", "README.md", "onnx/model.safetensors", "consolidated.safetensors"], b"x")
-    server.repositories = {"org/good": good | junk, "pickled/x": {"config.json": good["config.json"], "pytorch_model.bin": b"x"}}
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    env = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "*"}
-    done = subprocess.run([sys.executable, "-c", HUB_CLIENT], cwd=HERE, env=env, capture_output=True, text=True)
-    server.shutdown()
-    server.server_close()
-    assert done.returncode == 0, done.stderr
-    want = [(0, ""), (2, "ask on its page"), (2, "has none of that name"), (2, "pickled .bin weights are never read"),
-            (2, "the Hub says: "), (0, ""), (2, "cannot be reached"), (0, ""), (2, "cannot be reached")]
-    for (name, status, line), (code, word) in zip(json.loads(done.stdout), want, strict=True):
-        assert status == code and word in line and len(line) < 400, (name, status, line)
-    assert server.asked == set(good)
-
-
-def test_mutated_checkpoints_run_or_are_refused_in_one_line():
-    """300 seeds of experiments/fuzz.py, which says what must hold; a failure prints the seed and its fault."""
-    sys.path.insert(0, str(HERE / "experiments"))
-    import fuzz
-    counts, findings = fuzz.fuzz(1_000_000, 300)
-    assert not findings and counts["ran"] > 50 and counts["refused"] > 150
-
-
-# Sec. 3: text and generation ---------------------------------------------------------------------
-
-def test_the_stream_of_text_is_the_text(real):
-    """Pieces joined are the decoded whole, across characters of several bytes and leading spaces."""
-    _, tokenizer, prompt = real
-    new = tokenizer.encode("naïve 日本語 🙂  two spaces\n\nend", special=False)
-    stream = model.Stream(tokenizer, prompt[0].tolist())
-    pieces = [stream.step(t) for t in new]
-    whole = tokenizer.fast.decode(prompt[0].tolist() + new)
-    assert "".join(pieces) == whole[len(tokenizer.fast.decode(prompt[0].tolist())):]
-    assert not any("\ufffd" in p for p in pieces) and len(pieces) > 5
-
-
-def test_bos_is_added_exactly_when_the_tokenizer_says_so(tmp_path):
-    folder = write_checkpoint(tmp_path, RAW)
-    for options, first in [({}, 5), ({"add_bos_token": True, "bos_token": "w1"}, 1),
-                           ({"add_bos_token": False, "bos_token": {"content": "w1"}}, 5)]:
-        (folder / "tokenizer_config.json").write_text(json.dumps(options))
-        assert model.Tokenizer(folder, model.read_config(folder)).encode("w5 w6")[0] == first
-
-
-@pytest.mark.parametrize("template, want", [
-    ("{% for m in messages %}w3 {{ m['content'] }}{% endfor %}{% if add_generation_prompt %} w4{% endif %}", [3, 9, 4]),
-    ("{{ ''.__class__.__mro__ }}", "SecurityError"), ("{{ self.__init__.__globals__ }}", "SecurityError"),
-    ("{{ cycler.__init__.__globals__.os }}", "SecurityError"), ("{{ raise_exception('no') }}", "rendered: ValueError: no"),
-    ("{{ messages.append(1) }}", "SecurityError"), ("{% include 'x' %}", "no loader"), ("{{", "TemplateSyntaxError"), (3, "no chat template"),
-    ("{% for i in range(10**9) %}{% endfor %}", "OverflowError"), ("{{ 'w' * 10**10 }}", "MemoryError"),
-    ("{{ 'w' * 2**21 }}", "a million characters"),
-    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 2 s or 1 GiB"),
-])
-def test_chat_templates_are_rendered_and_cannot_reach_python_nor_run_on(template, want, tmp_path):
-    folder = write_checkpoint(tmp_path, RAW)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    tokenizer = model.Tokenizer(folder, model.read_config(folder))
-    if isinstance(want, list):
-        assert tokenizer.chat("w9") == want
-    else:
-        with pytest.raises(model.UserError, match=want):
-            tokenizer.chat("w9")
-
-
-def test_every_named_end_token_ends_the_text(tmp_path):
-    folder = write_checkpoint(tmp_path, RAW)
-    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
-    assert model.Tokenizer(folder, model.read_config(folder)).ends == {2, 5, 7}
-
-
 def test_generation_is_greedy_or_drawn_by_the_seed(small):
     prompt = torch.tensor([[1, 2, 3]])
 
@@ -590,73 +262,6 @@ def test_generation_is_greedy_or_drawn_by_the_seed(small):
     assert draw(temperature=1.0, seed=3) == draw(temperature=1.0, seed=3) != draw(temperature=1.0, seed=4)
     assert draw(temperature=1.0, top_p=1e-6, seed=3) == draw(temperature=1e-310) == greedy
     assert draw(ends={greedy[4]})[-1] == greedy[4] and len(draw(ends={greedy[4]})) == greedy.index(greedy[4]) + 1
-
-
-def test_perplexity_is_that_of_the_windows_one_by_one(capsys, tmp_path):
-    """exp of the mean over predicted tokens: each window of 10 predicts its last 9; 25 tokens, 22 of them."""
-    folder, text = write_checkpoint(tmp_path, RAW), [5 * i % 61 for i in range(25)]
-    (tmp_path / "text").write_text(" ".join(f"w{i}" for i in text))
-    weights = formula_weights(RAW)
-    nats = [-math.log(np.exp(row - row.max())[y] / np.exp(row - row.max()).sum())
-            for a in (0, 10, 20) for row, y in zip(numpy_llama(RAW, weights, text[a:a + 10]), text[a + 1:a + 10])]
-    for kind in ("full", "bibranch"):              # a window of 32 sees everything exactly
-        status, out, _ = cli(capsys, "--model", folder, "--perplexity", tmp_path / "text", "--context", 10,
-                             "--cache", kind, "--json")
-        got = json.loads(out)
-        assert status == 0 and got["tokens"] == len(nats) == 22
-        assert math.isclose(got["perplexity"], math.exp(sum(nats) / 22), rel_tol=1e-5)
-
-
-def test_too_little_text_to_score_or_to_calibrate_on_is_said(capsys, tmp_path):
-    """A context of one token leaves nothing to score; only the first 32 windows count for a calibration."""
-    one = write_checkpoint(tmp_path, RAW | {"max_position_embeddings": 1})
-    text = str(HERE / "test_lorc.py")
-    for args, word in ((["--model", one, "--perplexity", HERE / "LICENSE", "--cache", "full"], "too short to score"),
-                       (["--plan", "--calibrate", text, "--sinks", 510], "gives 64 tokens")):
-        status, out, err = cli(capsys, *args)
-        assert (status, out, err.count("\n")) == (2, "", 1) and word in err
-
-
-def test_a_model_that_overflows_its_dtype_says_so(capsys, tmp_path):
-    weights = {k: v * 300 for k, v in formula_weights(RAW).items()}
-    folder = write_checkpoint(tmp_path, RAW, weights)
-    status, out, err = cli(capsys, "--model", folder, "--prompt", "w1 w2", "--cache", "full", "--dtype", "float16")
-    assert status == 2 and "overflows in float16" in err and err.count("\n") == 1
-
-
-def test_truncation_and_padding_of_the_tokenizer_file_are_not_the_models(tmp_path):
-    folder = write_checkpoint(tmp_path, RAW)
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    tokenizer["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert model.Tokenizer(folder, model.read_config(folder)).encode("w1 w2 w3") == [1, 2, 3]
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["full", "compressed", "bibranch"])
-def test_half_precision_stays_close_to_float32(real, dtype, kind):
-    """Logits of every cache, token by token and in one pass: to 10 % of their norm, and finite."""
-    llama, _, tokens = real
-    bases, half = lorc.lorc(llama, kept=0.8)[1], model.load(REAL, dtype)
-    halved = [pair and tuple(Basis(b.down.to(dtype), b.up.to(dtype)) for b in pair) for pair in bases]
-    n = tokens.shape[1]
-    for chunks in ([n], [1] * n):
-        both = []
-        for m, b in ((llama, bases), (half, halved)):
-            caches = lorc.new_caches(m, kind, n, b, **({"sinks": 1, "window": 2, "bits": 4} if kind == "bibranch" else {}))
-            both.append(torch.cat([m(t, caches) for t in tokens.split(chunks, 1)], 1).float())
-        assert (both[0] - both[1]).norm() < 0.1 * both[0].norm()
-
-
-# Which C ------------------------------------------------------------------------------ by hand ---
-
-def test_moments_are_those_of_the_inputs_after_the_sinks(small):
-    """E[x x^T] and mean |x| of what Wk is given in layer 0, windows of 6, sinks 2; gamma^2 without text."""
-    tokens, layer = torch.tensor(TOKENS[:14]), small.layers[0]
-    x = torch.cat([layer.attn_norm(small.embed(w))[2:] for w in tokens.split(6) if len(w) > 2])
-    assert torch.allclose(lorc.calibrated_moments(small, tokens, "whitened", 2, 6)[0], x.T @ x / len(x))
-    assert torch.allclose(lorc.calibrated_moments(small, tokens, "asvd", 2, 6)[0], x.abs().mean(0))
-    assert torch.equal(lorc.norm_moments(small)[1], small.layers[1].attn_norm.weight ** 2)
 
 
 # Sec. 4.1: one layer ----------------------------------------------------------------- parity ---
@@ -685,6 +290,17 @@ def test_the_basis_is_the_svds(W, data):
     assert close(B.down @ B.up, torch.eye(d_c, dtype=torch.float64))
     if d_c == len(W) or sigma[d_c - 1] - sigma[d_c] > 1e-3:              # else the span is not unique
         assert np.allclose(B.up @ (B.down @ (W @ x)), U[:, :d_c] * sigma[:d_c] @ Vt[:d_c] @ x.numpy(), atol=1e-6)
+
+
+# Which C ------------------------------------------------------------------------------ by hand ---
+
+def test_moments_are_those_of_the_inputs_after_the_sinks(small):
+    """E[x x^T] and mean |x| of what Wk is given in layer 0, windows of 6, sinks 2; gamma^2 without text."""
+    tokens, layer = torch.tensor(TOKENS[:14]), small.layers[0]
+    x = torch.cat([layer.attn_norm(small.embed(w))[2:] for w in tokens.split(6) if len(w) > 2])
+    assert torch.allclose(lorc.calibrated_moments(small, tokens, "whitened", 2, 6)[0], x.T @ x / len(x))
+    assert torch.allclose(lorc.calibrated_moments(small, tokens, "asvd", 2, 6)[0], x.abs().mean(0))
+    assert torch.equal(lorc.norm_moments(small)[1], small.layers[1].attn_norm.weight ** 2)
 
 
 # Sec. 4.2: the plan ----------------------------------------------------------------- by hand ---
@@ -893,7 +509,7 @@ def forty_tokens(llama, kind, compile, **plan):
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile="schedule" not in plan):
         caches = lorc.new_caches(llama, kind, 51, bases, **options)
-        return list(lorc.generate(llama, caches, torch.arange(12)[None], 40, compile=compile))
+        return list(lorc.generate(llama, caches, torch.arange(12)[None], 40, step=fast.stepper(llama, caches, compile)))
 
 
 @pytest.mark.parametrize("kind, plan", [("full", {}), ("compressed", {}), ("compressed", {"commuting": True}),
@@ -913,7 +529,8 @@ def test_a_step_that_cannot_be_compiled_says_what_to_do(small, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **kw: real(f, backend=broken))
     torch._dynamo.reset()
     with pytest.raises(model.UserError, match="no compiler.*leave out --compile"):
-        list(lorc.generate(small, full(small, 20), torch.arange(9)[None], 5, compile=True))
+        caches = full(small, 20)
+        list(lorc.generate(small, caches, torch.arange(9)[None], 5, step=fast.stepper(small, caches, True)))
 
 
 def test_the_whole_model_equals_one_with_smaller_weights(real):
@@ -928,6 +545,22 @@ def test_the_whole_model_equals_one_with_smaller_weights(real):
     want = dense(tokens, full(dense, tokens.shape[1]))
     assert close(got, want, scale=5)
     assert not close(got, llama(tokens, full(llama, tokens.shape[1])), scale=5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["full", "compressed", "bibranch"])
+def test_half_precision_stays_close_to_float32(real, dtype, kind):
+    """Logits of every cache, token by token and in one pass: to 10 % of their norm, and finite."""
+    llama, _, tokens = real
+    bases, half = lorc.lorc(llama, kept=0.8)[1], model.load(REAL, dtype)
+    halved = [pair and tuple(Basis(b.down.to(dtype), b.up.to(dtype)) for b in pair) for pair in bases]
+    n = tokens.shape[1]
+    for chunks in ([n], [1] * n):
+        both = []
+        for m, b in ((llama, bases), (half, halved)):
+            caches = lorc.new_caches(m, kind, n, b, **({"sinks": 1, "window": 2, "bits": 4} if kind == "bibranch" else {}))
+            both.append(torch.cat([m(t, caches) for t in tokens.split(chunks, 1)], 1).float())
+        assert (both[0] - both[1]).norm() < 0.1 * both[0].norm()
 
 
 # must fail: Eqs. 7 and 20 as printed ---------------------------------------------------------------
@@ -1078,322 +711,6 @@ def test_the_command_line_speaks_from_a_commuting_basis(capsys, tmp_path):
     assert all(row["d_k"] % 2 == 0 for row in first["plan"])
     again = json.loads(cli(capsys, *flags, "--bases", tmp_path)[1])
     assert first["text"] == again["text"] and first["cache"] == again["cache"]
-
-
-# The report, --json, --compare, --save --------------------------------------------------- by hand ---
-
-def test_json_reports_the_bytes_of_the_tensors_held(capsys, real):
-    """bytes = 4 bytes * capacity * sum of (d_k + d_v); capacity = prompt + new - 1; full: Eq. 4 twice [E14]."""
-    status, out, err = cli(capsys, "--model", REAL, "--prompt", "Once upon a time", "--max-new-tokens", 5, "--json")
-    got, c = json.loads(out), real[0].config
-    capacity = len(real[1].encode("Once upon a time")) + 4
-    assert status == 0 and got["cache"]["kind"] == "compressed" and isinstance(got["text"], str)
-    assert got["cache"]["full_bytes"] == 4 * capacity * 2 * c.layers * c.kv_width
-    assert got["cache"]["dtype"] == "float32"
-    assert got["cache"]["bytes"] == 4 * capacity * sum(r["d_k"] + r["d_v"] for r in got["plan"])
-    assert abs(got["cache"]["kept"] - 0.6) <= 0.5 / c.kv_width and got["tokens"] == 5
-    assert set(got["seconds"]) == {"load", "bases", "prefill", "decode"}
-    assert 0 <= max(r["error_v"] for r in got["plan"]) <= 1.000001
-
-
-def test_the_reported_error_is_that_of_the_keys_of_the_prompt(real):
-    """||k - U U^T k|| / ||k|| of layer 0, whose input no compression has touched yet."""
-    llama, _, tokens = real
-    bases = lorc.lorc(llama, kept=0.5, schedule="uniform")[1]
-    with lorc.measuring(llama, bases) as errors:
-        llama.hidden(tokens, lorc.new_caches(llama, "compressed", tokens.shape[1], bases))
-    layer = llama.layers[0]
-    k = layer.attn.Wk(layer.attn_norm(llama.embed(tokens)))
-    lost = k - k @ bases[0][0].up @ bases[0][0].up.T
-    assert math.isclose(errors[0][0], lost.norm() / k.norm(), rel_tol=1e-4)
-
-
-def test_compare_runs_the_three_caches(capsys):
-    status, out, err = cli(capsys, "--model", REAL, "--prompt", "Once upon a time", "--compare", "--max-new-tokens", 8)
-    rows = [line.split() for line in out.splitlines() if line.split()[:1] in (["full"], ["compressed"], ["bibranch"])]
-    assert status == 0 and [r[0] for r in rows] == ["full", "compressed", "bibranch"]
-    first = rows[0].index("first")
-    assert rows[0][2] == "100.0%" and rows[0][first + 1] == rows[0][first + 3]
-    assert ("the bi-branch cache compressed nothing here" in err) == (rows[2][2] == "100.0%")
-    ask = ["--model", REAL, "--prompt", "Once", "--compare", "--max-new-tokens", 8, "--sinks", 2]
-    for more, nothing in ((["--window", 16], True), (["--window", 2], False),
-                          (["--window", 16, "--prompt", "Once upon a time, in a far and cold land, a dog sat on a mat."], False)):
-        assert ("compressed nothing" in cli(capsys, *ask, *more)[2]) == nothing
-
-
-def test_a_text_with_carriage_returns_is_the_text_without(tmp_path):
-    (tmp_path / "dos").write_bytes(b"One day\r\na cat\r\n")
-    assert lorc.read_text(tmp_path / "dos") == "One day\na cat\n"
-
-
-@pytest.mark.parametrize("plan", [["--kept", 0.7], ["--d-min", 1]])
-def test_saved_bases_give_the_same_text_and_fit_no_other_model(plan, tmp_path, capsys):
-    ask = ["--model", REAL, "--prompt", "Once upon a time", "--max-new-tokens", 12, "--json"]
-    first = json.loads(cli(capsys, *ask, *plan, "--save", tmp_path / "b")[1])
-    again = json.loads(cli(capsys, *ask, "--bases", tmp_path / "b")[1])
-    assert again["text"] == first["text"]
-    assert again["plan"] == [pytest.approx(row, rel=1e-5) for row in first["plan"]]     # errors in float32
-    assert [f.name for f in (tmp_path / "b").iterdir()] == ["bases.safetensors"]
-    other = write_checkpoint(tmp_path / "other", RAW)
-    status, out, err = cli(capsys, "--model", other, "--prompt", "w1", "--bases", tmp_path / "b")
-    assert status == 2 and "another model" in err and err.count("\n") == 1
-
-
-# Many processes ---------------------------------------------------------------------- by hand ---
-
-def logits_step_by_step(kind, **options):
-    """tiny/'s logits for a prompt of 80 tokens and 9 more, one by one; None but in the last process."""
-    llama = model.load(HERE / "tiny", torch.float32)
-    tokens = torch.randint(llama.config.vocab, (2, 89), generator=torch.Generator().manual_seed(0))
-    caches = lorc.new_caches(llama, kind, 89, lorc.lorc(llama, kept=0.6)[1], B=2, **options)
-    hidden = [llama.hidden(t, caches) for t in tokens.split([80] + 9 * [1], 1)]
-    return llama.head(torch.cat(hidden, 1)) if hidden[0] is not None else None
-
-
-def everything_in_these_processes(folder):
-    """Commands, whose JSON goes to standard output and bases to `folder`; returns logits by cache."""
-    ask, text = ["--prompt", "Once upon a time", "--max-new-tokens", "9"], str(HERE / "LICENSE")
-    for words in ([*ask, "--compare", "--temperature", "1", "--window", "3", "--bits", "4"],
-                  [*ask, "--calibrate", text, "--skip", "1", "--save", str(folder)], [*ask, "--bases", str(folder)],
-                  ["--perplexity", text, "--max-tokens", "300", "--context", "200", "--cache", "bibranch"],
-                  ["--plan"]):
-        parser = lorc.command_line()
-        lorc.run(lorc.settle(parser, parser.parse_args([*words, "--json"])))
-    caches = {"full": ("full", {}), "compressed": ("compressed", {}), "bibranch": ("bibranch", {}),
-              "4 bits": ("bibranch", {"bits": 4})}
-    return {name: logits_step_by_step(kind, **options)
-            for name, (kind, options) in caches.items()}
-
-
-def untimed(found):
-    return {name: x for name, x in found.items() if name != "seconds"}
-
-
-def one_of_two(folder):
-    """What torchrun starts: all of that, the last process's logits to a file, and then an error in both."""
-    def run(args, run=lorc.run):
-        lorc.run = run
-        found = everything_in_these_processes(folder)
-        if found["full"] is not None:
-            torch.save(found, Path(folder) / "logits")
-        return run(args)
-    lorc.run = run
-    return lorc.main(["--prompt", "Once", "--kept", "0.05"])
-
-
-def test_two_processes_say_what_one_says_bit_for_bit(tmp_path, capsys):
-    """Logits of every cache; texts, plans, errors, bytes, perplexity, saved bases. And a wrong flag gives one
-    line. Kills: a share that starts a layer late, errors or bytes of one process only, two that speak."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    program = f"import sys, test_lorc; sys.exit(test_lorc.one_of_two({str(two)!r}))"
-    with subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           "--no-python", sys.executable, "-c", program], cwd=HERE, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True) as started:
-        want = everything_in_these_processes(one)
-        out, err = started.communicate()
-    said = [[json.loads(line, object_hook=untimed) for line in lines.splitlines()] for lines in (capsys.readouterr().out, out)]
-    assert len(said[0]) == 5 and said[1] == said[0], err
-    got = torch.load(two / "logits")
-    assert all(torch.equal(got[name], want[name]) for name in want) and len(want) == 4
-    saved = [load_file(folder / "bases.safetensors") for folder in (one, two)]
-    assert saved[0].keys() == saved[1].keys() and all(torch.equal(x, saved[1][name]) for name, x in saved[0].items())
-    assert err.count("lorc: ") == 1 and "lorc: --kept 0.05 cannot" in err and started.returncode == 1
-
-
-# CSKV: two branches, four bits --------------------------------------------------------- property ---
-
-def bibranch(case, data, **kw):
-    """A maker of bi-branch caches over random bases for a drawn text, and those bases."""
-    rope, chunks, q, k, v, g = case
-    B, T, G, d = k.shape
-    K, V = (random_basis(data.draw, G * d, g) for _ in range(2))
-    return (lambda **more: BiBranchCache(B, T, K, V, d, **(kw | more))), K, V
-
-
-@given(attentions(), st.integers(0, 3), st.data())
-def test_a_window_over_everything_is_the_full_cache(case, sinks, data):
-    rope, chunks, q, k, v, _ = case
-    B, T, G, d = k.shape
-    make, *_ = bibranch(case, data, sinks=sinks, window=T)
-    for split in ([T], chunks, [1] * T):
-        assert close(feed(make(), rope, q, k, v, split), feed(FullCache(B, T, G, d, torch.float64), rope, q, k, v, split))
-
-
-@given(attentions(), st.data())
-def test_no_sinks_and_no_window_is_the_compressed_cache_token_by_token(case, data):
-    rope, _, q, k, v, _ = case
-    B, T, G, d = k.shape
-    make, K, V = bibranch(case, data, sinks=0, window=0)
-    want = feed(CompressedCache(B, T, K, V, d), rope, q, k, v, [1] * T)
-    assert close(feed(make(), rope, q, k, v, [1] * T), want)
-
-
-@given(attentions(), st.integers(0, 3), st.integers(0, 9))
-def test_full_rank_at_16_bits_is_the_full_cache(case, sinks, window):
-    rope, chunks, q, k, v, g = case
-    B, T, G, d = k.shape
-    Q = torch.linalg.qr(torch.randn(G * d, G * d, generator=g, dtype=torch.float64))[0]
-    for split in ([T], chunks, [1] * T):
-        store = BiBranchCache(B, T, Basis(Q.T, Q), Basis(Q.T, Q), d, sinks=sinks, window=window)
-        assert close(feed(store, rope, q, k, v, split), feed(FullCache(B, T, G, d, torch.float64), rope, q, k, v, split))
-
-
-@given(attentions(), st.integers(0, 3), st.integers(0, 9), st.data())
-def test_sinks_and_window_are_bit_identical_at_every_step(case, sinks, window, data):
-    """Through ring wrap-around, in any chunking: what is held exact is what came, in its place."""
-    rope, chunks, q, k, v, _ = case
-    make, *_ = bibranch(case, data, sinks=sinks, window=window, bits=data.draw(st.sampled_from([16, 4])))
-    store, end = make(), 0
-    for part in zip(*(x.split(chunks, 1) for x in (q, k, v))):
-        store.attend(*part, rope)
-        end += part[0].shape[1]
-        first, between, ring = store.branches()
-        assert torch.equal(store.sink_k[:, :first.stop], k[:, :min(sinks, end)])
-        assert sorted(ring.tolist()) == list(range(max(min(sinks, end), end - window), end))
-        assert torch.equal(store.ring_k[:, :len(ring)], k[:, ring]) and torch.equal(store.ring_v[:, :len(ring)], v[:, ring])
-        assert store.c_k.n == store.c_v.n == between.stop - between.start == max(0, end - sinks - window)
-
-
-@settings(max_examples=25)
-@given(st.data(), st.integers(0, 3), st.integers(0, 40), st.sampled_from([16, 4]), st.integers(1, 120))
-def test_scoring_a_text_in_one_pass_is_decoding_it_token_by_token(data, sinks, window, bits, T):
-    """The decode regime by masks: also which latents wait unquantized at each step (group edges at 32), read in
-    several blocks."""
-    G, d, B, g = 2, 4, 2, torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
-    rope = model.Rope(model.Config(9, 8, 1, 4, G, d, 8, 512, 1e-5, True, {"type": "default", "theta": 100.0}))
-    q, k, v = (torch.randn(B, T, h, d, generator=g, dtype=torch.float64) for h in (4, G, G))
-    rope.reserve(T, q)
-    K, V = (random_basis(data.draw, G * d, g) for _ in range(2))
-    make = lambda **more: BiBranchCache(B, T, K, V, d, sinks=sinks, window=window, bits=bits, **more)  # noqa: E731
-    with pytest.MonkeyPatch.context() as small:
-        small.setitem(cache.BLOCK, "cpu", 1)                                 # one group of 32
-        assert K.block(B) == cache.GROUP
-        assert close(make(strict=True).attend(q, k, v, rope), feed(make(), rope, q, k, v, [1] * T))
-
-
-@settings(max_examples=5)
-@given(st.data(), st.integers(0, 3), st.integers(0, 40), st.integers(45, 80))
-def test_the_static_decode_step_is_the_eager_one(data, sinks, window, T):
-    """Every cache, at every place after sinks and window are full: what --compile compiles.
-    Kills: a slot, place or group edge off by one; a mask that shows what is not there."""
-    G, d, B, g = 2, 4, 3, torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
-    rope = model.Rope(model.Config(9, 8, 1, 4, G, d, 8, 512, 1e-5, True, {"type": "default", "theta": 100.0}))
-    q, k, v = (torch.randn(B, T, h, d, generator=g, dtype=torch.float64) for h in (4, G, G))
-    rope.reserve(T, q)
-    K, V = (random_basis(data.draw, G * d, g) for _ in range(2))
-    C = lorc.commuting_basis(torch.randn(G * d, 7, generator=g, dtype=torch.float64), 4, d)
-    for make in (lambda: FullCache(B, T, G, d, torch.float64), lambda: CompressedCache(B, T, K, V, d),
-                 lambda: CompressedCache(B, T, C, V, d),
-                 *(lambda k=k, bits=bits: BiBranchCache(B, T, k, V, d, sinks, window, bits)
-                   for k in (K, C) for bits in (16, 4))):
-        eager, static, first = make(), make(), sinks + window
-        for store in (eager, static) if first else ():
-            feed(store, rope, q[:, :first], k[:, :first], v[:, :first], [first])
-        assert static.settled
-        for t in range(first, T):
-            one = [x[:, t:t + 1] for x in (q, k, v)]
-            got = cache.Static(static, torch.tensor([t])).attend(*one, rope)
-            assert close(got, eager.attend(*one, rope))
-
-
-def run_compiled_in_c(folder):
-    (folder / "tokens.json").write_text(json.dumps(forty_tokens(small_model(), "bibranch", True)))
-
-
-@pytest.fixture(scope="session")
-def compiled_in_c(beside):
-    return json.loads((left_behind(beside["compiled_in_c"]) / "tokens.json").read_text())
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
-def test_the_largest_step_translated_to_c_says_the_same(small, compiled_in_c):
-    """4 bits in two branches, through the whole of PyTorch's compiler."""
-    assert compiled_in_c == forty_tokens(small, "bibranch", False)
-
-
-@given(attentions(), st.data())
-def test_a_prompt_attends_exactly_and_is_stored_compressed(case, data):
-    """CSKV's rule [E34]: the first call equals the full cache, whatever the bases; what it leaves
-    behind, between one sink and a window of one, are latents."""
-    rope, _, q, k, v, _ = case
-    B, T, G, d = k.shape
-    make, *_ = bibranch(case, data, sinks=1, window=1)
-    want = feed(FullCache(B, T, G, d, torch.float64), rope, q, k, v, [T])
-    store = make()
-    assert close(feed(store, rope, q, k, v, [T]), want)
-    between = slice(0, max(0, T - 2))
-    assert torch.allclose(store.c_k.read(between), store.K.shrink(k[:, 1:max(1, T - 1)]))
-
-
-def test_a_long_generation_grows_nothing_and_its_window_is_exact():
-    """150 tokens over a ring of 8 and 4-bit groups of 32, checked after each; experiments/long_run.py does 20,000."""
-    sys.path.insert(0, str(HERE / "experiments"))
-    from long_run import long_run
-    llama = small_model()
-    got = long_run(llama, lorc.lorc(llama, d_min=4, schedule="uniform")[1], [1, 2, 3], 150, 50, sinks=2, window=8, bits=4)
-    assert got["steps"] == got["steps_with_exact_window"] == 150 and len({row["held"] for row in got["rows"]}) == 1
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_four_bits_keep_a_channel_of_small_range_in_half_precision(dtype):
-    """A range of 4e-4, below float16's smallest normal number times 15, comes back to a step.
-    Kills: a step clamped at that number, which lost the channel."""
-    c = torch.linspace(0, 4e-4, 32).view(1, 32, 1).to(dtype)
-    assert (cache.dequantize(*cache.quantize(c)) - c).abs().max() <= 4e-4 / 15
-
-
-@given(st.integers(1, 100), st.integers(1, 9), st.integers(1, 2), st.floats(-20, 20), st.data())
-def test_four_bits_come_back_to_half_a_step_and_cost_what_they_say(S, d_c, B, mean, data):
-    """Codes are right to half a step of their group, small ranges in float16 too; bytes = codes / 2 + minimum and step + the waiting tokens."""
-    c = torch.randn(B, S, d_c, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 2**32))),
-                    dtype=torch.float64) + mean
-    store, whole = cache.Latents4(B, S, d_c, c), S // 32 * 32
-    for part in c.split(data.draw(st.integers(1, 40)), 1):
-        store.append(part)
-    got = store.read(slice(0, S))
-    half = (c[:, :whole].unflatten(1, (-1, 32)).amax(2) - c[:, :whole].unflatten(1, (-1, 32)).amin(2)) / 30
-    assert torch.equal(got[:, whole:], c[:, whole:])
-    assert ((got - c)[:, :whole].abs() <= half.repeat_interleave(32, 1) * 1.000001 + 1e-12).all()
-    assert store.nbytes == B * d_c * (whole // 2 + 2 * 8 * (whole // 32) + 8 * min(32, S))
-    assert torch.equal(got[:, 32:], store.read(slice(32, S))) if S > 32 else True
-
-
-def test_the_published_zero_point_destroys_a_group_away_from_zero():
-    """must fail: clamping the zero point to [0, 15] at mean/std = 10; a float minimum does not [E31]."""
-    c = torch.randn(1, 32, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 10
-    step = (c.amax(1) - c.amin(1)) / 15
-    zero = (-c.amin(1) / step).round().clamp(0, 15)
-    published = (((c / step) + zero).round().clamp(0, 15) - zero) * step
-    assert (published - c).norm() / c.norm() > 0.5
-    assert (cache.dequantize(*cache.quantize(c)) - c).norm() / c.norm() < 0.01
-
-
-def test_the_loss_falls_from_svd_to_asvd_to_fine_tuned_to_the_closed_form(real):
-    """E||k - k~||^2 on the same text: plain SVD >= ASVD >= CSKV's fine-tuning from there >= E[xx^T] [E30]."""
-    llama, tokenizer, _ = real
-    text = theory.own_text(llama, tokenizer.encode("Once"), 400)[0]
-    W = llama.layers[1].attn.Wv.weight.double()
-    C, s = (lorc.calibrated_moments(llama, text, kind, 4, 128)[1] for kind in ("whitened", "asvd"))
-    d_c = len(W) // 3
-
-    def loss(down, up):
-        M = W - up @ (down @ W)
-        return torch.trace(M @ C @ M.T)
-    svd, asvd, best = (loss(*lorc.basis(W, d_c, c)[:2]) for c in (None, s, C))
-    A, B = (x.contiguous().requires_grad_() for x in lorc.basis(W, d_c, s)[:2])
-    with torch.enable_grad():
-        tuner = torch.optim.LBFGS([A, B], max_iter=400, max_eval=800, tolerance_change=1e-14,
-                                  line_search_fn="strong_wolfe")
-
-        def step():
-            tuner.zero_grad()
-            value = loss(A, B) / asvd.item()
-            value.backward()
-            return value
-        tuner.step(step)
-    tuned = loss(A.detach(), B.detach())
-    assert svd > asvd > tuned >= best * (1 - 1e-9) and tuned <= 1.05 * best
-    assert math.isclose(best, lorc.spectrum(W, C)[0][d_c:].sum(), rel_tol=1e-6)
 
 
 # Sec. 5, App. A: the bounds ------------------------------------------------------------ property ---
@@ -1608,117 +925,203 @@ def test_each_heads_rows_are_bounded_by_the_whole_matrix(real):
         assert math.isclose(theory.reconstruction_error(W, k) ** 2, (torch.linalg.svdvals(W)[k:] ** 2).sum() / W.square().sum(), rel_tol=1e-6)
 
 
-# The experiments ----------------------------------------------------------------------- parity ---
+# CSKV: two branches, four bits --------------------------------------------------------- property ---
 
-def run_every_experiment(out):
-    """All tables and figures at their smallest, on tiny/."""
-    sys.path.insert(0, str(HERE / "experiments"))
-    import run_all
-    text = str(HERE / "tiny" / "README.md")
-    try:
-        import matplotlib                                                      # noqa: F401
-        draw = ["--figures", str(out)]
-    except ImportError:
-        draw = ["--measure-only"]
-    argv = ["--text", text, "--calibrate", text, "--tokens", "64", "--device", "cpu", "--out", str(out), *draw]
-    for script in run_all.SCRIPTS:                                       # two budgets and two splits are enough
-        if isinstance(getattr(script, "KEPT", None), tuple):
-            script.KEPT = [k for k in script.KEPT if k >= 0.6][:2]
-        script.SPLITS = (0, 0.1)
-    assert run_all.study.main(*run_all.SCRIPTS, argv=argv) == 0
+def bibranch(case, data, **kw):
+    """A maker of bi-branch caches over random bases for a drawn text, and those bases."""
+    rope, chunks, q, k, v, g = case
+    B, T, G, d = k.shape
+    K, V = (random_basis(data.draw, G * d, g) for _ in range(2))
+    return (lambda **more: BiBranchCache(B, T, K, V, d, **(kw | more))), K, V
+
+
+@given(attentions(), st.integers(0, 3), st.data())
+def test_a_window_over_everything_is_the_full_cache(case, sinks, data):
+    rope, chunks, q, k, v, _ = case
+    B, T, G, d = k.shape
+    make, *_ = bibranch(case, data, sinks=sinks, window=T)
+    for split in ([T], chunks, [1] * T):
+        assert close(feed(make(), rope, q, k, v, split), feed(FullCache(B, T, G, d, torch.float64), rope, q, k, v, split))
+
+
+@given(attentions(), st.data())
+def test_no_sinks_and_no_window_is_the_compressed_cache_token_by_token(case, data):
+    rope, _, q, k, v, _ = case
+    B, T, G, d = k.shape
+    make, K, V = bibranch(case, data, sinks=0, window=0)
+    want = feed(CompressedCache(B, T, K, V, d), rope, q, k, v, [1] * T)
+    assert close(feed(make(), rope, q, k, v, [1] * T), want)
+
+
+@given(attentions(), st.integers(0, 3), st.integers(0, 9))
+def test_full_rank_at_16_bits_is_the_full_cache(case, sinks, window):
+    rope, chunks, q, k, v, g = case
+    B, T, G, d = k.shape
+    Q = torch.linalg.qr(torch.randn(G * d, G * d, generator=g, dtype=torch.float64))[0]
+    for split in ([T], chunks, [1] * T):
+        store = BiBranchCache(B, T, Basis(Q.T, Q), Basis(Q.T, Q), d, sinks=sinks, window=window)
+        assert close(feed(store, rope, q, k, v, split), feed(FullCache(B, T, G, d, torch.float64), rope, q, k, v, split))
+
+
+@given(attentions(), st.integers(0, 3), st.integers(0, 9), st.data())
+def test_sinks_and_window_are_bit_identical_at_every_step(case, sinks, window, data):
+    """Through ring wrap-around, in any chunking: what is held exact is what came, in its place."""
+    rope, chunks, q, k, v, _ = case
+    make, *_ = bibranch(case, data, sinks=sinks, window=window, bits=data.draw(st.sampled_from([16, 4])))
+    store, end = make(), 0
+    for part in zip(*(x.split(chunks, 1) for x in (q, k, v))):
+        store.attend(*part, rope)
+        end += part[0].shape[1]
+        first, between, ring = store.places()
+        assert torch.equal(store.sink_k[:, :first.stop], k[:, :min(sinks, end)])
+        assert sorted(ring.tolist()) == list(range(max(min(sinks, end), end - window), end))
+        assert torch.equal(store.ring_k[:, :len(ring)], k[:, ring]) and torch.equal(store.ring_v[:, :len(ring)], v[:, ring])
+        assert store.c_k.n == store.c_v.n == between.stop - between.start == max(0, end - sinks - window)
+
+
+@settings(max_examples=25)
+@given(st.data(), st.integers(0, 3), st.integers(0, 40), st.sampled_from([16, 4]), st.integers(1, 120))
+def test_scoring_a_text_in_one_pass_is_decoding_it_token_by_token(data, sinks, window, bits, T):
+    """The decode regime by masks: also which latents wait unquantized at each step (group edges at 32), read in
+    several blocks."""
+    G, d, B, g = 2, 4, 2, torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    rope = model.Rope(model.Config(9, 8, 1, 4, G, d, 8, 512, 1e-5, True, {"type": "default", "theta": 100.0}))
+    q, k, v = (torch.randn(B, T, h, d, generator=g, dtype=torch.float64) for h in (4, G, G))
+    rope.reserve(T, q)
+    K, V = (random_basis(data.draw, G * d, g) for _ in range(2))
+    make = lambda **more: BiBranchCache(B, T, K, V, d, sinks=sinks, window=window, bits=bits, **more)  # noqa: E731
+    with pytest.MonkeyPatch.context() as small:
+        small.setitem(cache.BLOCK, "cpu", 1)                                 # one group of 32
+        assert K.block(B) == cache.GROUP
+        assert close(make(strict=True).attend(q, k, v, rope), feed(make(), rope, q, k, v, [1] * T))
+
+
+@settings(max_examples=5)
+@given(st.data(), st.integers(0, 3), st.integers(0, 40), st.integers(45, 80))
+def test_the_static_decode_step_is_the_eager_one(data, sinks, window, T):
+    """Every cache, at every place after sinks and window are full: what --compile compiles.
+    Kills: a slot, place or group edge off by one; a mask that shows what is not there."""
+    G, d, B, g = 2, 4, 3, torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    rope = model.Rope(model.Config(9, 8, 1, 4, G, d, 8, 512, 1e-5, True, {"type": "default", "theta": 100.0}))
+    q, k, v = (torch.randn(B, T, h, d, generator=g, dtype=torch.float64) for h in (4, G, G))
+    rope.reserve(T, q)
+    K, V = (random_basis(data.draw, G * d, g) for _ in range(2))
+    C = lorc.commuting_basis(torch.randn(G * d, 7, generator=g, dtype=torch.float64), 4, d)
+    for make in (lambda: FullCache(B, T, G, d, torch.float64), lambda: CompressedCache(B, T, K, V, d),
+                 lambda: CompressedCache(B, T, C, V, d),
+                 *(lambda k=k, bits=bits: BiBranchCache(B, T, k, V, d, sinks, window, bits)
+                   for k in (K, C) for bits in (16, 4))):
+        eager, static, first = make(), make(), sinks + window
+        for store in (eager, static) if first else ():
+            feed(store, rope, q[:, :first], k[:, :first], v[:, :first], [first])
+        assert fast.settled(static)
+        for t in range(first, T):
+            one = [x[:, t:t + 1] for x in (q, k, v)]
+            got = fast.Static(static, torch.tensor([t])).attend(*one, rope)
+            assert close(got, eager.attend(*one, rope))
+
+
+def run_compiled_in_c(folder):
+    (folder / "tokens.json").write_text(json.dumps(forty_tokens(small_model(), "bibranch", True)))
 
 
 @pytest.fixture(scope="session")
-def every_experiment(beside):
-    """{script: rows}."""
-    results = left_behind(beside["every_experiment"]).glob("*-tiny.json")
-    return {path.stem.removesuffix("-tiny"): json.loads(path.read_text())["rows"] for path in results}
+def compiled_in_c(beside):
+    return json.loads((left_behind(beside["compiled_in_c"]) / "tokens.json").read_text())
 
 
-def test_every_table_and_figure_is_run_and_listed(every_experiment):
-    """Every script with a `measure` is run by run_all.py and has a line in experiments/README.md."""
-    scripts = {p.stem for p in (HERE / "experiments").glob("*.py") if "\ndef measure(study)" in p.read_text()}
-    assert set(every_experiment) == scripts and len(scripts) > 10
-    listed = re.findall(r"^\| `(\w+)\.py`", (HERE / "experiments" / "README.md").read_text(), re.M)
-    assert scripts <= set(listed)
-    for name, rows in every_experiment.items():
-        assert rows and all(math.isfinite(row.get("perplexity", 0)) for row in rows), name
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_the_largest_step_translated_to_c_says_the_same(small, compiled_in_c):
+    """4 bits in two branches, through the whole of PyTorch's compiler."""
+    assert compiled_in_c == forty_tokens(small, "bibranch", False)
 
 
-TEXT = str(HERE / "tiny" / "README.md")
+@given(attentions(), st.data())
+def test_a_prompt_attends_exactly_and_is_stored_compressed(case, data):
+    """CSKV's rule [E34]: the first call equals the full cache, whatever the bases; what it leaves
+    behind, between one sink and a window of one, are latents."""
+    rope, _, q, k, v, _ = case
+    B, T, G, d = k.shape
+    make, *_ = bibranch(case, data, sinks=1, window=1)
+    want = feed(FullCache(B, T, G, d, torch.float64), rope, q, k, v, [T])
+    store = make()
+    assert close(feed(store, rope, q, k, v, [T]), want)
+    between = slice(0, max(0, T - 2))
+    assert torch.allclose(store.c_k.read(between), store.K.shrink(k[:, 1:max(1, T - 1)]))
 
 
-@pytest.mark.parametrize("script, flags, read", [
-    ("distill", ["--text", TEXT, "--test", TEXT, "--context", 48, "--steps", 2, "--every", 1, "--batch", 2,
-                 "--max-tokens", 48], lambda r: r["perplexity"]["README.md"]["after"]),
-    ("cskv_finetune", ["--text", TEXT, "--layers", 0, "--windows", 2, "--steps", 2, "--every", 1],
-     lambda r: r["curves"][-1]["loss"]["svd"][0][0]),
-    ("bench", ["--model", HERE / "tiny", "--dtype", "float32", "--context", 40, "--steps", 6, "--rounds", 1,
-               "--how", "eager", "--transformers", "none"], lambda r: r["tables"][0]["rows"]["full eager"]["ms"]),
-    ("dtypes", ["--model", HERE / "tiny", "--text", TEXT, "--calibrate", HERE / "LICENSE", "--tokens", 24, "--windows", 1],
-     lambda r: r["caches"]["bibranch"]["bfloat16"]["perplexity"]),
-    ("svd_speed", ["--sample", 1], lambda r: r["numpy_float64_over_ours"]),
-])
-def test_other_experiments_run_at_their_smallest(script, flags, read, tmp_path, monkeypatch, capsys):
-    """On tiny/, to a result file with the number that README or the next script reads, and its origin.
+def test_a_long_generation_grows_nothing_and_its_window_is_exact():
+    """150 tokens over a ring of 8 and 4-bit groups of 32, checked after each; experiments/long_run.py does 20,000."""
+    sys.path.insert(0, str(HERE / "experiments"))
+    from long_run import long_run
+    llama = small_model()
+    got = long_run(llama, lorc.lorc(llama, d_min=4, schedule="uniform")[1], [1, 2, 3], 150, 50, sinks=2, window=8, bits=4)
+    assert got["steps"] == got["steps_with_exact_window"] == 150 and len({row["held"] for row in got["rows"]}) == 1
 
-    Not here: what needs lm_eval, transformers, CUDA, the network or a teacher."""
-    monkeypatch.syspath_prepend(str(HERE / "experiments"))
-    module, out = importlib.import_module(script), tmp_path / ("" if script == "distill" else "result.json")
-    monkeypatch.setattr(module, "ROWS", 32, raising=False)               # svd_speed's matrices
-    monkeypatch.setattr(module, "COLUMNS", 64, raising=False)
-    monkeypatch.setattr(sys, "argv", [script, *map(str, flags), "--device", "cpu", "--out", str(out)])
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_four_bits_keep_a_channel_of_small_range_in_half_precision(dtype):
+    """A range of 4e-4, below float16's smallest normal number times 15, comes back to a step.
+    Kills: a step clamped at that number, which lost the channel."""
+    c = torch.linspace(0, 4e-4, 32).view(1, 32, 1).to(dtype)
+    assert (cache.dequantize(*cache.quantize(c)) - c).abs().max() <= 4e-4 / 15
+
+
+@given(st.integers(1, 100), st.integers(1, 9), st.integers(1, 2), st.floats(-20, 20), st.data())
+def test_four_bits_come_back_to_half_a_step_and_cost_what_they_say(S, d_c, B, mean, data):
+    """Codes are right to half a step of their group, small ranges in float16 too; bytes = codes / 2 + minimum and step + the waiting tokens."""
+    c = torch.randn(B, S, d_c, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 2**32))),
+                    dtype=torch.float64) + mean
+    store, whole = cache.Latents4(B, S, d_c, c), S // 32 * 32
+    for part in c.split(data.draw(st.integers(1, 40)), 1):
+        store.append(part)
+    got = store.read(slice(0, S))
+    half = (c[:, :whole].unflatten(1, (-1, 32)).amax(2) - c[:, :whole].unflatten(1, (-1, 32)).amin(2)) / 30
+    assert torch.equal(got[:, whole:], c[:, whole:])
+    assert ((got - c)[:, :whole].abs() <= half.repeat_interleave(32, 1) * 1.000001 + 1e-12).all()
+    assert store.nbytes == B * d_c * (whole // 2 + 2 * 8 * (whole // 32) + 8 * min(32, S))
+    assert torch.equal(got[:, 32:], store.read(slice(32, S))) if S > 32 else True
+
+
+def test_the_published_zero_point_destroys_a_group_away_from_zero():
+    """must fail: clamping the zero point to [0, 15] at mean/std = 10; a float minimum does not [E31]."""
+    c = torch.randn(1, 32, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 10
+    step = (c.amax(1) - c.amin(1)) / 15
+    zero = (-c.amin(1) / step).round().clamp(0, 15)
+    published = (((c / step) + zero).round().clamp(0, 15) - zero) * step
+    assert (published - c).norm() / c.norm() > 0.5
+    assert (cache.dequantize(*cache.quantize(c)) - c).norm() / c.norm() < 0.01
+
+
+def test_the_loss_falls_from_svd_to_asvd_to_fine_tuned_to_the_closed_form(real):
+    """E||k - k~||^2 on the same text: plain SVD >= ASVD >= CSKV's fine-tuning from there >= E[xx^T] [E30]."""
+    llama, tokenizer, _ = real
+    text = theory.own_text(llama, tokenizer.encode("Once"), 400)[0]
+    W = llama.layers[1].attn.Wv.weight.double()
+    C, s = (lorc.calibrated_moments(llama, text, kind, 4, 128)[1] for kind in ("whitened", "asvd"))
+    d_c = len(W) // 3
+
+    def loss(down, up):
+        M = W - up @ (down @ W)
+        return torch.trace(M @ C @ M.T)
+    svd, asvd, best = (loss(*lorc.basis(W, d_c, c)[:2]) for c in (None, s, C))
+    A, B = (x.contiguous().requires_grad_() for x in lorc.basis(W, d_c, s)[:2])
     with torch.enable_grad():
-        module.main()
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert 0 < read(result) < math.inf and {"device", "torch", "commit", "command"} <= set(result)
+        tuner = torch.optim.LBFGS([A, B], max_iter=400, max_eval=800, tolerance_change=1e-14,
+                                  line_search_fn="strong_wolfe")
+
+        def step():
+            tuner.zero_grad()
+            value = loss(A, B) / asvd.item()
+            value.backward()
+            return value
+        tuner.step(step)
+    tuned = loss(A.detach(), B.detach())
+    assert svd > asvd > tuned >= best * (1 - 1e-9) and tuned <= 1.05 * best
+    assert math.isclose(best, lorc.spectrum(W, C)[0][d_c:].sum(), rel_tol=1e-6)
 
 
-UNIFORM = ["--kept", "0.6", "--schedule", "uniform"]
-
-
-@pytest.mark.parametrize("script, label, flags, basis", [
-    ("front", "full", ["--cache", "full"], None), ("front", "LoRC, progressive", ["--kept", "0.6"], None),
-    ("lorc_fig2", "LoRC, first whole, uniform", [*UNIFORM, "--skip", "1"], None),
-    ("cskv_starts", "ASVD", [*UNIFORM, "--cache", "bibranch"], "asvd"),
-    ("cskv_bits", "4 bits, ours", [*UNIFORM, "--cache", "bibranch", "--bits", "4"], "whitened"),
-])
-def test_experiments_score_the_caches_that_lorc_makes(every_experiment, script, label, flags, basis, capsys):
-    """A row's perplexity and bytes (of 16-bit models) are those of `lorc.py --perplexity` with its flags."""
-    text = str(HERE / "tiny" / "README.md")
-    flags = ["--perplexity", text, "--max-tokens", "64", "--device", "cpu", "--json", *flags]
-    calibrated = ["--basis", basis, "--calibrate", text] if basis else []
-    said = json.loads(cli(capsys, *flags, *calibrated)[1])
-    half = json.loads(cli(capsys, *flags, "--dtype", "bfloat16")[1])["cache"]
-    row, = [r for r in every_experiment[script] if r["label"] == label and r["wanted"] in (0.6, 1)]
-    assert math.isclose(row["perplexity"], said["perplexity"], rel_tol=1e-4)
-    assert (row["bytes"], row["full_bytes"]) == (half["bytes"], half["full_bytes"])
-
-
-def test_the_exact_error_of_fig_4_is_the_one_measured_on_the_text(real, monkeypatch):
-    """lorc_fig4's error from the second moment = ||k - k~|| / ||k|| summed over the tokens themselves."""
-    monkeypatch.syspath_prepend(str(HERE / "experiments"))
-    import lorc_fig4
-    llama, _, tokens = real
-    x, W = theory.layer_inputs(llama, tokens)[-1], llama.layers[-1].attn.Wv.weight.double()
-    (lam, U), d_c, k = lorc.spectrum(W), len(W) // 3, x @ W.T
-    found = lorc_fig4.errors(W, x.T @ x / len(x), d_c, lam, U, U)
-    lost = (k - k @ U[:, :d_c] @ U[:, :d_c].T).norm() / k.norm()
-    assert math.isclose(found["activations"], lost, rel_tol=1e-6) and found["activations"] <= found["bound"]
-    assert math.isclose(found["weights"], theory.reconstruction_error(W, d_c), rel_tol=1e-6)
-
-
-def test_a_step_costs_as_readme_says_of_the_length(monkeypatch):
-    """The recorded run on the H200: every cache within 2 % of a straight line. Kills: a fit of another degree."""
-    monkeypatch.syspath_prepend(str(HERE / "experiments"))
-    import lengths
-    run = json.loads((HERE / "experiments" / "results" / "lengths-llama-3-8b-h200.json").read_text())
-    assert all(lengths.straightness(n, times)[1] < 0.02 for n, times, _ in lengths.series(run).values())
-    slope, off = lengths.straightness(np.array([0, 1, 2]), np.array([0, 0, 6.0]))         # 3x - 1 is nearest: off by 2
-    assert math.isclose(slope, 3) and math.isclose(off, 1 / 3)
-
-
-# The documents ------------------------------------------------------------------------- by hand ---
+# README -------------------------------------------------------------------------------------------
 
 def test_every_row_of_readmes_table_names_code_that_cites_the_equation():
     """From the equation to the line: the name exists, and its source says `Eq. n`."""
@@ -1732,256 +1135,3 @@ def test_every_row_of_readmes_table_names_code_that_cites_the_equation():
             found = getattr(found, part)
         source = " ".join(inspect.getsource(found).split())
         assert paper in source, (paper, name)
-
-
-def test_readme_and_parser_know_the_same_flags():
-    listed = set(re.findall(r"`(--[\w-]+)`", (HERE / "README.md").read_text().split("## The command line")[1]))
-    assert listed - {"--help"} == {o for a in lorc.command_line()._actions for o in a.option_strings} - {"-h", "--help"}
-
-
-def test_help_answers_before_torch_is_imported():
-    program = "import sys, runpy; sys.argv = ['lorc.py', '--help']\ntry: runpy.run_path('lorc.py', run_name='__main__')\n" \
-              "except SystemExit as e: assert e.code == 0 and 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", program], cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    """A good checkpoint of 64 positions, good/, and beside it what a row below points at."""
-    d = tmp_path_factory.mktemp("places")
-    good, other = write_checkpoint(d / "good", RAW), write_checkpoint(d / "tied", RAW | VARIANTS["tied"])
-    for name, data in {"empty": b"", "blank": b" \n", "latin": b"caf\xe9", "binary": bytes(range(256)), "one": b"w1",
-                       "text": b"w1 w2 w3 " * 9, "bases.safetensors": b"junk"}.items():
-        (d / name).write_bytes(data)
-    for folder, bases in ((other, "b_other"), (good, "b_good"), (good, "b_kind"), (good, "b_plan")):
-        assert lorc.main(["--model", str(folder), "--save", str(d / bases)]) == 0
-    (d / "b_kind" / "bases.safetensors").write_bytes((good / "model.safetensors").read_bytes())
-    path = d / "b_plan" / "bases.safetensors"
-    path.write_bytes(path.read_bytes().replace(b'\\"ranks\\": [[16', b'\\"ranks\\": [[99'))
-    return d
-
-
-WRONG = [line.split(" -> ") for line in """
-                        -> nothing to do: give --prompt
---prompt w1 --perplexity {d}/text   -> not allowed with
---prompt w1 --plan      -> not allowed with
---plan --compile        -> nothing is said without --prompt; leave out --compile
---prompt w1 --compile --max-new-tokens 1 -> the only new token comes with the prompt; leave out --compile
---prompt                -> --prompt: expected one argument
---nonsense              -> unrecognized arguments: --nonsense
---prompt w1 --temp 1    -> unrecognized arguments: --temp
---prompt w1 w2          -> unrecognized arguments: w2
---prompt w1 --kept 0    -> --kept: should be a fraction in (0, 1], not '0'
---prompt w1 --kept 1.5  -> --kept: should be a fraction
---prompt w1 --kept nan  -> --kept: should be a fraction
---prompt w1 --kept half -> --kept: should be a fraction in (0, 1], not 'half'
---prompt w1 --kept 0.05 -> --kept 0.05 cannot be reached
---prompt w1 --kept 0.5 --d-min 3    -> --d-min: not allowed with argument --kept
---prompt w1 --d-min 0   -> --d-min: should be a positive count up to 10^9
---prompt w1 --d-min 2.5 -> --d-min: should be a positive count up to 10^9
---prompt w1 --d-min 17  -> --d-min 17 is above the KV width G*d = 16
---prompt w1 --threshold nan         -> --threshold: should be a number
---prompt w1 --schedule linear       -> --schedule: invalid choice
---prompt w1 --skip -1   -> --skip: should be a count
---prompt w1 --skip 2    -> --skip 2 leaves none of the model's 2 layers to compress
---prompt w1 --split 2   -> --split: should be a number in [-1, 1], not '2'
---prompt w1 --split nan -> --split: should be a number
---prompt w1 --basis pca -> --basis: invalid choice: 'pca'
---prompt w1 --basis whitened        -> --basis whitened needs --calibrate FILE
---prompt w1 --basis asvd            -> --basis asvd needs --calibrate FILE
---prompt w1 --basis svd --calibrate {d}/text         -> --basis svd uses no text; leave out --calibrate
---prompt w1 --calibrate /nowhere    -> /nowhere: No such file
---prompt w1 --calibrate {d}/empty   -> {d}/empty holds no text
---prompt w1 --calibrate {d}/binary  -> {d}/binary is not UTF-8 text (byte 128)
---prompt w1 --calibrate {d}/one     -> calibrating needs 16
---prompt w1 --calibrate {d}/text --sinks 9999        -> calibrating needs 16
---prompt w1 --bases /nowhere        -> /nowhere holds no bases.safetensors; give the folder
---prompt w1 --bases {d}/text        -> {d}/text holds no bases.safetensors; give the folder
---prompt w1 --bases {d}/b_kind      -> {d}/b_kind/bases.safetensors holds no bases
---prompt w1 --bases {d}/b_other     -> was made for another model; make new ones with --save
---prompt w1 --bases {d}/b_plan      -> {d}/b_plan/bases.safetensors holds no bases that can be read; make some with --save
---prompt w1 --bases x --kept 0.5    -> --bases brings its own plan; leave out --kept
---prompt w1 --bases x --threshold 0 -> --bases brings its own plan; leave out --threshold
---prompt w1 --bases x --save y      -> --bases brings its own plan; leave out --save
---prompt w1 --cache half            -> --cache: invalid choice: 'half' (choose from
---prompt w1 --cache full --kept 0.5 -> --cache full keeps everything; leave out --kept
---prompt w1 --cache full --bases x  -> --cache full keeps everything; leave out --bases
---prompt w1 --compare --cache full  -> --compare runs all three caches; leave out --cache
---prompt w1 --sinks 1   -> only --cache bibranch has two branches, and only --calibrate leaves sinks out; leave out --sinks
---prompt w1 --bits 4    -> only --cache bibranch has two branches
---prompt w1 --cache bibranch --window -1             -> --window: should be a count up to 10^9, not '-1'
---prompt w1 --cache bibranch --sinks 1e3             -> --sinks: should be a count up to 10^9, not '1e3'
---prompt w1 --cache bibranch --bits 3                -> --bits: should be a number, 16 or 4, not '3'
---prompt w1 --cache bibranch --bits 8                -> --bits: invalid choice: 8 (choose from
---prompt w1 --cache bibranch --bits four             -> --bits: should be a number, 16 or 4, not 'four'
---plan --compare        -> no cache is filled without --prompt or --perplexity; leave out --compare
---plan --cache bibranch -> no cache is filled without --prompt or --perplexity; leave out --cache
---plan --seed 3         -> nothing is said without --prompt; leave out --seed
---plan --json=yes       -> --json: ignored explicit argument
---prompt w1 --context 9 -> nothing is scored without --perplexity; leave out --context
---prompt w1 --max-tokens 9          -> leave out --max-tokens
---prompt w1 --max-new-tokens 0      -> --max-new-tokens: should be a positive count up to 10^9
---prompt w1 --temperature -1        -> --temperature: should be a number >= 0
---prompt w1 --temperature inf       -> --temperature: should be a number >= 0
---prompt w1 --temperature 1 --top-p 2                -> --top-p: should be a fraction in (0, 1]
---prompt w1 --temperature 1 --seed x                 -> --seed: should be a count up to 10^9, not 'x'
---prompt w1 --seed 3    -> nothing is drawn at temperature 0; leave out --seed
---prompt w1 --temperature 0 --top-p 0.9              -> nothing is drawn at temperature 0; leave out --top-p
---prompt w1 --chat      -> no chat template; leave out --chat
---prompt ''             -> the prompt is empty
---prompt '  '           -> the prompt is empty
---prompt '<|endoftext|>' --model {tiny}              -> only special tokens
---prompt \udcff         -> cannot read the text: 'utf-8' codec can't encode
---prompt w1 --model /nowhere        -> /nowhere is not a folder; --model takes one
---prompt w1 --model {d}/text        -> {d}/text is not a folder; --model takes one
---prompt w1 --model {d} -> {d} holds no config.json; give a folder
---prompt w1 --model=    -> --model: should not be empty
---prompt w1 --save=     -> --save: should not be empty
---prompt - --calibrate -            -> standard input can be read once
---prompt w1 --model {d}/{long}      -> File name too long
---prompt w1 --device abacus         -> --device abacus cannot be used; here: cpu
---prompt w1 --device gpu            -> --device gpu cannot be used; here: cpu
---prompt w1 --device meta           -> --device meta cannot be used
---prompt w1 --device cuda:99        -> --device cuda:99 cannot be used
---prompt w1 --dtype int8            -> --dtype: invalid choice: 'int8'
---prompt w1 --save {d}/text         -> --save {d}/text: File exists
---prompt w1 --save {d}/text/x       -> --save {d}/text/x: Not a directory
---perplexity /nowhere   -> /nowhere: No such file
---perplexity /nowhere --model /no-model              -> /nowhere: No such file
---perplexity {d}        -> {d}: Is a directory
---perplexity /proc/self/mem         -> /proc/self/mem: Input/output error
---perplexity {d}/empty  -> {d}/empty holds no text
---perplexity {d}/blank  -> {d}/blank holds no text
---perplexity {d}/latin  -> {d}/latin is not UTF-8 text (byte 3)
---perplexity {d}/one    -> {d}/one is too short to score
---perplexity {d}/text --context 1   -> --context: should be a count > 1
---perplexity {d}/text --context 65  -> --context 65 is beyond the model's 64 positions
---perplexity {d}/text --max-tokens 1                 -> --max-tokens: should be a count > 1
---perplexity {d}/text --chat        -> nothing is said without --prompt; leave out --chat
-""".strip("\n").splitlines()]
-
-
-@pytest.mark.parametrize("line, word", WRONG, ids=[line.strip() for line, _ in WRONG])
-def test_a_wrong_command_ends_with_one_line_and_status_2(line, word, places, capsys):
-    names = {"d": places, "tiny": HERE / "tiny", "long": "x" * 300}
-    args = [a.encode().decode("unicode_escape") if "\\" in a else a for a in shlex.split(line.format(**names), posix=True)]
-    status, out, err = cli(capsys, "--model", places / "good", *args)
-    assert (status, out, err.count("\n")) == (2, "", 1) and err.startswith("lorc: ") and word.format(**names) in err
-
-
-def test_the_table_of_wrong_commands_is_as_long_as_promised():
-    assert len(WRONG) >= 60
-
-
-# Full disks, closed pipes, Ctrl-C --------------------------------------------------------- by hand ---
-
-def test_a_save_that_fails_leaves_what_was_there(places, tmp_path, capsys, monkeypatch):
-    """A limit of 1,000 bytes a file stands for a full disk; then a folder that may not be written; then no rename."""
-    save = ["--model", places / "good", "--save", tmp_path / "b"]
-    path = tmp_path / "b" / "bases.safetensors"
-    assert cli(capsys, *save)[0] == 0
-    before = path.read_bytes()
-    umask = os.umask(0o027)
-    os.umask(umask)
-    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
-
-    def fails(word):
-        status, out, err = cli(capsys, *save, "--d-min", 3)
-        assert (status, out, err.count("\n")) == (2, "", 1) and word in err
-        assert [f.name for f in path.parent.iterdir()] == [path.name] and path.read_bytes() == before
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        fails("File too large")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-    def refuse(*args):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-    monkeypatch.setattr(os, "replace", refuse)
-    fails("Read-only file system")
-    monkeypatch.setattr(Path, "write_bytes", refuse)
-    fails("Read-only file system")
-
-
-@pytest.fixture
-def start(tmp_path):
-    """Start lorc.py on a small model without an end token; what still runs after the test is killed."""
-    raw = {k: v for k, v in RAW.items() if k != "eos_token_id"} | {"max_position_embeddings": 10**5}
-    folder, running = write_checkpoint(tmp_path, raw), []
-
-    def run(*args, stdout=subprocess.PIPE):
-        command = [sys.executable, str(HERE / "lorc.py"), "--model", str(folder), "--prompt", "w1", *args]
-        env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}      # as users have it
-        running.append(subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, bufsize=0, env=env))
-        return running[-1]
-    yield run
-    for process in running:
-        with process:
-            process.kill()
-
-
-def test_ctrl_c_a_closed_pipe_and_a_full_disk_end_without_a_traceback(start):
-    """130 with the text so far and the report; 141 after `| head -c 1`; 2 with one line when standard output is full."""
-    stopped, closed = start("--max-new-tokens", "100000", "--cache", "bibranch"), start("--json")
-    with open("/dev/full", "w") as full:
-        disk = start("--json", stdout=full)
-    closed.stdout.close()
-    text = stopped.stdout.read(1)
-    stopped.send_signal(signal.SIGINT)
-    out, err = stopped.communicate(timeout=60)
-    assert stopped.returncode == 130 and text == b" " and out.endswith(b"\n") and b"Traceback" not in err
-    said = int(re.search(rb"(\d+) tokens; seconds", err)[1])            # the last may be cut off before its text
-    assert b"bibranch cache: " in err and b"\ninterrupted\n" in err and said - len(out.split()) in (0, 1)
-    for process, status, last in ((closed, 141, b""), (disk, 2, b"No space left on device\n")):
-        err = process.stderr.read()
-        assert process.wait(timeout=60) == status and err.endswith(last) and err.count(b"\n") == bool(last), err
-
-
-@pytest.mark.parametrize("error, word", [
-    (MemoryError(), "not enough memory"), (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
-    (OSError(errno.ENOSPC, "No space left on device"), "No space left"), (KeyboardInterrupt(), 130), (BrokenPipeError(), 141),
-    (UnicodeEncodeError("ascii", "so \u201c", 3, 4, "not in range"), "takes only ascii, and the text has '\\u201c'")])
-def test_what_ends_a_command_is_told_in_a_line(error, word, capsys, monkeypatch):
-    def fail(args):
-        raise error
-    monkeypatch.setattr(lorc, "run", fail)
-    status, out, err = cli(capsys, "--prompt", "w1")
-    assert (status, err) == (word, "") if isinstance(word, int) else status == 2 and word in err and err.count("\n") == 1
-    with monkeypatch.context() as closed:                        # >&-
-        closed.setattr(lorc, "run", lambda args: 0)
-        closed.setattr(sys, "stdout", None)
-        assert lorc.main(["--prompt", "w1"]) == 0
-    monkeypatch.setattr(lorc, "run", lambda args: [][0])
-    with pytest.raises(IndexError):                             # a fault of ours is not hidden
-        lorc.main(["--prompt", "w1"])
-
-
-def test_a_dtype_that_the_device_lacks_ends_with_one_line(capsys, monkeypatch):
-    def lacks(*shape, dtype=None, device=None):
-        raise RuntimeError("BFloat16 is not supported")
-    monkeypatch.setattr(torch, "ones", lacks)
-    status, out, err = cli(capsys, "--prompt", "w1", "--dtype", "bfloat16")
-    assert status == 2 and "--device cpu cannot be used with bfloat16; here: cpu" in err and err.count("\n") == 1
-
-
-@pytest.mark.parametrize("args, word", [
-    (["--kept", "2"], "--kept: should be a fraction in [0.01, 0.99], not '2'"), (["--model", "/nowhere"], "/nowhere is not a folder"),
-    (["--prompt", "bird " * 600], "tokens; give 1 to 511"), (["--mod", "x"], "unrecognized arguments")])
-def test_theory_answers_a_wrong_command_in_its_own_name(args, word, capsys):
-    try:
-        status = theory.main(args)
-    except SystemExit as e:
-        status = e.code
-    out, err = capsys.readouterr()
-    assert (status, out, err.count("\n")) == (2, "", 1) and err.startswith("theory: ") and word in err
-
-
-def test_a_prompt_that_is_empty_or_too_long_ends_with_one_line(capsys, tmp_path):
-    folder = write_checkpoint(tmp_path, RAW)
-    for prompt, word in (("", "empty"), ("w1 " * 65, "context is 64")):
-        status, out, err = cli(capsys, "--model", folder, "--prompt", prompt, "--cache", "full")
-        assert status == 2 and out == "" and word in err and err.count("\n") == 1
-    status, out, err = cli(capsys, "--model", folder, "--prompt", "w1 " * 60, "--cache", "full")
-    assert status == 0 and "stopped at the model's context" in err

@@ -171,12 +171,12 @@ def reconstruction_error(W, k):
 def layer_inputs(llama, tokens):
     """x (T, D) that Wk and Wv of each layer are given, in float64."""
     xs = []
-    hooks = [layer.attn.Wk.register_forward_pre_hook(
-                 lambda m, inputs: xs.append(inputs[0][0].double()))
-             for layer in llama.layers]
-    llama.hidden(tokens, lorc.new_caches(llama, "full", tokens.shape[1]))
-    for hook in hooks:
-        hook.remove()
+
+    def add(layer, which, x, y):
+        if which == "k":
+            xs.append(x[0].double())
+    with lorc.listening(llama, add):
+        llama.hidden(tokens, lorc.new_caches(llama, "full", tokens.shape[1]))
     return xs
 
 
@@ -252,23 +252,26 @@ def square_net(llama):
 
 
 def main(argv=None):
-    p = lorc.Parser(
+    from runtime import cli
+    p = cli.Parser(
         prog="theory.py", allow_abbrev=False,
         description="Bound against measured error on a checkpoint's own activations.")
     p.add_argument("--model", default=str(model.Path(__file__).resolve().parent / "tiny"))
-    fraction = lorc.within(float, 0.01, 0.99, "fraction in [0.01, 0.99]")
+    fraction = cli.within(float, 0.01, 0.99, "fraction in [0.01, 0.99]")
     p.add_argument("--kept", type=fraction, default=0.6)
     p.add_argument("--prompt", default="Once upon a time",
                    help="The model goes on from here, and its text is measured.")
     args = p.parse_args(argv)
-    return lorc.answer("theory", lambda: run(args))
+    return cli.answer("theory", lambda: run(args))
 
 
 def run(args):
     """Print the table of layers and Thm. 3 on the checkpoint's own matrices. Returns the status."""
-    folder = model.find_model(args.model)
+    from runtime import checkpoint, text
+    folder = checkpoint.find_model(args.model)
+    checkpoint.check(folder)
     llama = model.load(folder, torch.float32)
-    tokens = own_text(llama, model.Tokenizer(folder, llama.config).encode(args.prompt))
+    tokens = own_text(llama, text.Tokenizer(folder, llama.config).encode(args.prompt))
     print("measured / bound           Thm. 1        in the mean  attention        Eq. 19")
     print("layer  d_c    worst K  worst V        V (equal)   worst  median    K      V")
     for i, d_c, k, v, mean, worst, median, fk, fv in table(llama, tokens, args.kept):

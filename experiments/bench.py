@@ -22,6 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lorc
+from runtime import fast, jobs as running
 import model
 from cache import Basis
 from record import HERE, provenance, write
@@ -81,7 +82,7 @@ def fill(caches, n):
         cache.n = n
         for store in (cache, *(x for x in vars(cache).values() if hasattr(x, "append"))):
             if store is not cache:
-                store.n = max(0, cache.n - cache.sinks - cache.window)
+                store.n = max(0, n - getattr(cache, "sinks", 0) - getattr(cache, "window", 0))
             for x in vars(store).values():
                 if isinstance(x, torch.Tensor):
                     x.random_(0, 256) if x.dtype == torch.uint8 else x.normal_()
@@ -91,7 +92,7 @@ def intervals(step, tokens, steps):
     """Seconds of each of `steps` steps: the token is drawn and has reached the host."""
     marks = [time.perf_counter()]
     for _ in range(steps):
-        tokens = lorc.sample(lorc.finite(step(tokens)), 0, 1, None)
+        tokens = lorc.sample(running.finite(step(tokens)), 0, 1, None)
         tokens.cpu()
         marks.append(time.perf_counter())
     return [b - a for a, b in zip(marks, marks[1:])][WARM:]
@@ -127,7 +128,7 @@ def ours(llama, name, args, compile):
 
     def eager(tokens):
         return llama.head(llama.hidden(tokens, caches)[:, -1])
-    step = lorc.compiled(llama, caches, args.batch) if compile else eager
+    step = fast.compiled(llama, caches, args.batch) if compile else eager
     took = intervals(step, tokens, args.steps)
     row = {"cache_bytes": sum(c.nbytes for c in caches)}
     if args.device == "cuda":

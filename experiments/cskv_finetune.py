@@ -31,6 +31,8 @@ from torch.optim.lr_scheduler import LinearLR
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import lorc                                                        # noqa: E402
+from runtime import jobs as running
+from runtime.text import Tokenizer
 import model                                                       # noqa: E402
 from cache import GROUP, round_trip                                # noqa: E402
 from record import provenance                                      # noqa: E402
@@ -187,8 +189,8 @@ def problem(args):
     """W (l, k, o, i), and the hidden states of `args.layers` to train on and held out."""
     llama = model.load(args.model, torch.float32, args.device)
     context, depth = min(1024, llama.config.context), llama.config.layers
-    tokenizer = model.Tokenizer(args.model, llama.config)
-    tokens = torch.tensor(tokenizer.encode(lorc.read_text(args.text)))
+    tokenizer = Tokenizer(args.model, llama.config)
+    tokens = torch.tensor(tokenizer.encode(running.read_text(args.text)))
     windows = tokens[:len(tokens) // context * context].view(-1, context).to(args.device)
     args.layers = args.layers or sorted({0, depth // 2, depth - 1})
     X = hidden_states(llama, windows[:args.windows], args.layers)

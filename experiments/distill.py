@@ -37,6 +37,8 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import lorc                                                        # noqa: E402
+from runtime import checkpoint, jobs as running
+from runtime.text import Tokenizer
 import model                                                       # noqa: E402
 from cache import Basis                                            # noqa: E402
 from record import provenance                                      # noqa: E402
@@ -55,7 +57,7 @@ def say(*words):
 # Text --------------------------------------------------------------------------------------------
 
 def encode(tokenizer, path, device):
-    return torch.tensor(tokenizer.encode(lorc.read_text(path)), device=device)
+    return torch.tensor(tokenizer.encode(running.read_text(path)), device=device)
 
 
 def read_windows(tokenizer, paths, context, device):
@@ -391,7 +393,7 @@ def main():
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.out.mkdir(parents=True, exist_ok=True)
     llama = model.load(args.model, torch.float32, args.device)
-    tokenizer = model.Tokenizer(args.model, llama.config)
+    tokenizer = Tokenizer(args.model, llama.config)
     args.context = args.context or min(1024, llama.config.context)
     result = provenance(args.device, args.commit) | {"perplexity": {}, "questions": {}}
     windows, held = read_windows(tokenizer, args.text, args.context, args.device)
@@ -412,7 +414,7 @@ def main():
     both("before")
     result["curve"], result["seconds"] = train(llama, factors, windows, held, args)
     with torch.no_grad():
-        lorc.save_bases(args.out, llama, plan, bases_of(factors))
+        checkpoint.save_bases(args.out, llama, plan, bases_of(factors))
     both("after")
 
 

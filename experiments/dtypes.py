@@ -17,6 +17,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lorc
+from runtime import jobs as running
+from runtime.text import Tokenizer
 import model
 from record import HERE, provenance, write
 
@@ -53,8 +55,8 @@ def main():
     with torch.inference_mode():
         for dtype in ("float32", "bfloat16", "float16"):
             llama = model.load(args.model, getattr(torch, dtype), args.device)
-            tokenizer = model.Tokenizer(args.model, llama.config)
-            read = [torch.tensor(tokenizer.encode(lorc.read_text(f)), device=args.device) for f in (args.text, args.calibrate)]
+            tokenizer = Tokenizer(args.model, llama.config)
+            read = [torch.tensor(tokenizer.encode(running.read_text(f)), device=args.device) for f in (args.text, args.calibrate)]
             text, window = read[0][:args.tokens], min(1024, llama.config.context)
             assert len(text) == args.tokens <= llama.config.context, "a text and a context of --tokens tokens are needed"
             moments = lorc.calibrated_moments(llama, read[1], "whitened", context=window, windows=args.windows)

@@ -38,6 +38,7 @@ from lm_eval.tasks import TaskManager
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lorc                                                        # noqa: E402
+from runtime import cli as command, jobs as running
 import record                                                      # noqa: E402
 from lm_eval_adapter import CachedLM                               # noqa: E402
 from model import UserError                                        # noqa: E402
@@ -75,7 +76,7 @@ def local_task(name, folder, manager):
     if name not in LOCAL:
         raise UserError(f"--data holds {', '.join(LOCAL)} and not {name}; the Hub holds the rest")
     convert, file = LOCAL[name]
-    text = lorc.read_text(Path(folder) / file)
+    text = running.read_text(Path(folder) / file)
     try:
         items = json.loads(text) if file.endswith("json") else map(json.loads, text.splitlines())
         questions = datasets.Dataset.from_list([convert(item) for item in items])
@@ -153,13 +154,13 @@ def compare(ours, theirs):
 # The command line --------------------------------------------------------------------------------
 
 def command_line():
-    p = lorc.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    p = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     epilog="Every other flag is lorc.py's: --model, --dtype, --device, --cache ...",
                     allow_abbrev=False)
     flag = p.add_argument
     flag("--tasks", required=True, metavar="A,B", help="Names of lm-eval's tasks.")
     flag("--data", metavar="DIR", help="Read the tasks from files in DIR. Default: the Hub.")
-    flag("--limit", type=lorc.within(int, 1, 10**9, "positive count"), metavar="N",
+    flag("--limit", type=command.within(int, 1, 10**9, "positive count"), metavar="N",
          help="Ask only the first N questions of each task.")
     flag("--also", action="append", default=[], metavar="FLAGS", help="One more configuration.")
     flag("--against-hf", action="store_true", help="Ask lm-eval's own `hf` too, and compare.")
@@ -173,8 +174,8 @@ def configuration(flags, first=None):
 
     The model comes with the first configuration; for every other one, `first` is that one.
     """
-    p = lorc.command_line()
-    args = lorc.settle(p, p.parse_args([*flags, "--perplexity", "the tasks"]))
+    p = command.command_line()
+    args = command.settle(p, p.parse_args([*flags, "--perplexity", "the tasks"]))
     for name in ("compare", "save", "json", "context", "max_tokens",
                  *(("model", "dtype", "device") if first else ())):
         if getattr(args, name) not in (p.get_default(name), None):
@@ -186,7 +187,7 @@ def run_one(llama, tokenizer, args, tasks, limit):
     """One configuration: the fraction of numbers kept, seconds, and the answers to every task."""
     plan, bases = None, None
     if args.cache != "full":
-        plan, bases = lorc.choose_bases(args, llama, tokenizer)
+        plan, bases = running.choose_bases(args, llama, tokenizer)
     options = {name: getattr(args, name) for name in ("sinks", "window", "bits")}
     start = time.perf_counter()
     found = answer(CachedLM(llama, tokenizer, args.cache, bases, **options), tasks, limit)
@@ -221,7 +222,7 @@ def run(args, flags):
     first = configuration(flags)
     given = [flags, *map(shlex.split, args.also)]
     every = [first, *(configuration(f, first) for f in given[1:])]
-    llama, tokenizer = lorc.open_model(first)
+    llama, tokenizer = running.open_model(first)
     device = llama.embed.weight.device.type
     tasks = load_tasks(args.tasks.split(","), args.data)
     result = record.provenance(device, args.commit) | {

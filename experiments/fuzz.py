@@ -30,6 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lorc
+from runtime import cli as command
 import test_lorc
 
 SLACK, SECONDS = 2**26, 5
@@ -195,7 +196,7 @@ def case(seed, checkpoints, folder, change=mutated):
     signal.setitimer(signal.ITIMER_REAL, 12 * SECONDS)      # the machine may be busy with other things
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = lorc.main(words)
+            status = command.main(words)
         if (spent := time.process_time() - start) > SECONDS:
             return f"time: {spent:.1f} s"
         extra = resident("VmHWM") - before

@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from runtime import checkpoint
 import model                                                       # noqa: E402
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -39,7 +40,7 @@ CONTROL = 3          # GGUF's type of a token that is no text
 
 def from_hub(folder):
     from huggingface_hub import snapshot_download
-    snapshot_download(HUB, local_dir=folder, allow_patterns=model.HUB_FILES)
+    snapshot_download(HUB, local_dir=folder, allow_patterns=checkpoint.HUB_FILES)
 
 
 def download_gguf(folder):

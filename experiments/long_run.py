@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lorc
+from runtime.text import Tokenizer
 import model
 from record import HERE, provenance, write
 
@@ -48,7 +49,7 @@ def remembered(llama, seen, n):
 
 def exact(store, seen):
     """Do the sinks and the ring hold, bit by bit, the keys and values seen (2, n, G, d)?"""
-    first, _, ring = store.branches()
+    first, _, ring = store.places()
     return all(torch.equal(at[0, :len(x)], x) for at, x in (
         (store.sink_k, seen[0, first]), (store.sink_v, seen[1, first]), (store.ring_k, seen[0, ring]), (store.ring_v, seen[1, ring])))
 
@@ -86,7 +87,7 @@ def main():
     args = p.parse_args()
     with torch.inference_mode():
         llama = model.load(args.model, torch.float32, args.device)
-        prompt = model.Tokenizer(args.model, llama.config).encode("Once upon a time")
+        prompt = Tokenizer(args.model, llama.config).encode("Once upon a time")
         bases = lorc.lorc(llama, kept=args.kept, schedule="uniform")[1]
         result = long_run(llama, bases, prompt, args.tokens, args.every, sinks=4, window=32, bits=4)
     rows = result["rows"]

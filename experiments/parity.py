@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lorc
+from runtime.text import Tokenizer
 import model
 import test_lorc
 
@@ -62,7 +63,7 @@ def main():
         config = model.read_config(Path(folder))
         ours, theirs, llama, hf = logits_of(folder, torch.randint(0, config.vocab, (1, min(500, config.context))))
         print(f"{folder}: relative error of the logits {error(ours, theirs):.1e}")
-        tokenizer = model.Tokenizer(folder, config)
+        tokenizer = Tokenizer(folder, config)
         for prompt in PROMPTS:
             ids = torch.tensor([tokenizer.encode(prompt)])
             a = list(lorc.generate(llama, lorc.new_caches(llama, "full", ids.shape[1] + 63), ids, 64, tokenizer.ends))

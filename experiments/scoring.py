@@ -14,6 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lorc                                                        # noqa: E402
+from runtime import jobs as running
 
 TOKENS = 2**14        # in one batch, padding included
 ROWS = 2**10          # of logits at a time: V numbers each
@@ -42,7 +43,7 @@ def log_probabilities(llama, hidden, targets):
     """ln p of each target token and whether it is the likeliest: hidden (N, D), targets (N,)."""
     found, best = [], []
     for h, y in zip(hidden.split(ROWS), targets.split(ROWS)):
-        logits = lorc.finite(llama.head(h)).float()
+        logits = running.finite(llama.head(h)).float()
         found.append(logits.log_softmax(-1).gather(-1, y[:, None])[:, 0])
         best.append(logits.argmax(-1) == y)
     return torch.cat(found).double(), torch.cat(best)

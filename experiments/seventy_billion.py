@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from runtime.text import Tokenizer
 import model
 from record import HERE, provenance, write
 
@@ -80,7 +81,7 @@ def write_checkpoint(folder, raw):
 
 def long_prompt(folder, n):
     """About n tokens of English."""
-    tokenizer = model.Tokenizer(folder, model.read_config(folder))
+    tokenizer = Tokenizer(folder, model.read_config(folder))
     ids = tokenizer.encode((ROOT / "README.md").read_text() * (1 + n // 2000))
     return tokenizer.fast.decode(ids[:n])
 

@@ -26,6 +26,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import lorc                                                        # noqa: E402
+from runtime import jobs as running
+from runtime.text import Tokenizer
 import model                                                       # noqa: E402
 from cache import Basis, round_trip                                # noqa: E402
 from record import provenance                                      # noqa: E402
@@ -63,10 +65,10 @@ class Study:
         self.args, self.begun = args, time.perf_counter()
         self.name = Path(args.model).resolve().name
         self.llama = model.load(args.model, torch.float32, args.device)
-        self.config, tokenizer = self.llama.config, model.Tokenizer(args.model, self.llama.config)
+        self.config, tokenizer = self.llama.config, Tokenizer(args.model, self.llama.config)
         self.context = min(1024, self.config.context)
         self.text, self.calibration = (
-            torch.tensor(tokenizer.encode(lorc.read_text(path))[:n], device=args.device)
+            torch.tensor(tokenizer.encode(running.read_text(path))[:n], device=args.device)
             for path, n in ((args.text, args.tokens), (args.calibrate, CALIBRATION)))
         if min(len(self.text), len(self.calibration)) < 2:
             raise model.UserError("--text or --calibrate is too short; give at least two tokens")
@@ -253,7 +255,7 @@ def command_line(about):
 
 def main(*scripts, argv=None):
     """The command line of one script, or of several that share a study. Returns the exit status."""
-    lorc.heavy_imports()
+    None
     p = command_line(scripts[0].__doc__ if len(scripts) == 1 else "Every table and figure.")
     args = p.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

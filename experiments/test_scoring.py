@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 import scoring
 from agreement import agreement
 from scoring import lorc
+import model
+from runtime.text import Tokenizer
 
-model, CONTEXT = lorc.model, 40
+CONTEXT = 40
 CACHES = {"full": {}, "compressed": {}, "bibranch": {"sinks": 2, "window": 3},
           "4 bits": {"sinks": 1, "window": 2, "bits": 4}}
 
@@ -27,7 +29,7 @@ def case(request):
     folder = scoring.Path(lorc.__file__).parent / "tiny"
     llama = model.load(folder, torch.float32)
     llama.config = dataclasses.replace(llama.config, context=CONTEXT)
-    tokenizer, bases = model.Tokenizer(folder, llama.config), lorc.lorc(llama, 0.6)[1]
+    tokenizer, bases = Tokenizer(folder, llama.config), lorc.lorc(llama, kept=0.6)[1]
     kind = request.param if request.param in ("full", "compressed") else "bibranch"
 
     def make(capacity, B, **strict):
