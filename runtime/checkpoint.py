@@ -17,12 +17,13 @@ from safetensors.torch import save
 import model
 from cache import Basis
 from lorc import Plan, log_kappa_tilde
-from model import HF_CONFIG, ROPE_NUMBERS, UserError, hf_name, read_config
+from model import HF_CONFIG, MISSING, ROPE_NUMBERS, UserError, hf_name, read_config
 from runtime import many
 
 HUB_FILES = ["config.json", "generation_config.json", "model*.safetensors",
              "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
              "chat_template.jinja"]
+NULLABLE = {"num_key_value_heads", "head_dim", "sliding_window", "rope_theta"}
 DTYPES = {"F64", "F32", "F16", "BF16"}
 
 
@@ -112,38 +113,41 @@ def check(folder) -> None:
 
 def check_config(raw: dict, folder) -> model.Config:
     """Numbers are numbers and within bounds, and model.py knows what they ask for."""
-    for key in ("rope_scaling", "rope_parameters"):
-        if not isinstance(raw.get(key) or {}, dict):
-            raise UserError(f"config.json: {key} should be an object, not {raw[key]!r:.40}")
-    rope = (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
     for key in ("model_type", "hidden_act"):
         if not isinstance(raw.get(key, ""), str):
-            raise UserError(f"config.json asks for a {raw[key]!r:.40} model, which is not known")
+            raise UserError(f"config.json has {key} {raw[key]!r:.40}; it should be a name")
+    raw = MISSING.get(raw.get("model_type"), {}) | raw
+    for key in HF_CONFIG.values():
+        number(raw, key, float if key == "rms_norm_eps" else int, NULLABLE)
+    number(raw, "sliding_window", int, NULLABLE)
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise UserError("config.json: rope_scaling or rope_parameters should be one flat object, "
+                        f"not {rope!r:.40}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str):
-        raise UserError(f"config.json asks for RoPE of type {kind!r:.40}, which is not known")
-    optional = {"num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"}
-    for key in HF_CONFIG.values():
-        number(raw, key, float if key == "rms_norm_eps" else int, key in optional)
-    number({"rope_theta": rope.get("rope_theta", raw.get("rope_theta"))}, "rope_theta", float, True)
-    rope.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
-    for key in ROPE_NUMBERS.get(kind, ()):
-        number(rope, key, float)
+        raise UserError(f"config.json has RoPE of type {kind!r:.40}; it should be a name")
+    original = "original_max_position_embeddings"
+    given = {"rope_theta": raw.get("rope_theta"), original: raw["max_position_embeddings"]} | rope
+    given |= {original: raw[original]} if original in raw else {}
+    for key in ("rope_theta", *ROPE_NUMBERS.get(kind, ())):
+        number(given, key, float, NULLABLE)
     config = read_config(folder)
     if min(config.rope["theta"], config.rope.get("factor", 1)) < 1:
         raise UserError("config.json: rope_theta and factor should be at least 1")
     if kind == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
         raise UserError("config.json: low_freq_factor should be below high_freq_factor")
-    if config.heads % config.kv_heads or config.head_dim % 2:
+    if config.heads % config.kv_heads or config.head_dim % 2 or not config.head_dim:
         raise UserError(f"config.json: {config.heads} query heads must be a multiple of "
                         f"{config.kv_heads} KV heads, and head_dim {config.head_dim} must be even")
     return config
 
 
-def number(raw: dict, key: str, kind=int, optional=False) -> None:
-    """raw[key] is a positive number of the given kind, within bounds; absent only if `optional`."""
+def number(raw: dict, key: str, kind, nullable) -> None:
+    """raw[key] is a positive number of the given kind within bounds, or null if `nullable` has it.
+    """
     value = raw.get(key)
-    if value is None and optional:
+    if value is None and key in nullable:
         return
     below = 2**31 if kind is int else 1e30
     if type(value) not in {int, kind} or not 0 < value < below:

@@ -69,7 +69,7 @@ def test_loading_needs_at_most_a_quarter_more_memory_than_the_weights(tmp_path):
 
 @pytest.mark.parametrize("change, word", [
     ({"model_type": "gpt2"}, "gpt2"), ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
-    ({"sliding_window": 4096}, "sliding window"), ({"quantization_config": {"bits": 4}}, "quantized"),
+    ({"sliding_window": 63}, "sliding_window"), ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"), ({"hidden_act": "gelu"}, "gelu"),
     ({"rope_scaling": {"type": "linear"}}, "factor"), ({"hidden_size": -1}, "hidden_size"),
     ({"num_hidden_layers": "two"}, "num_hidden_layers"), ({"num_attention_heads": 3}, "multiple"),
@@ -165,8 +165,8 @@ FORGED = [
     (config(rope_theta=1e-9), "rope_theta and factor should be at least 1"),
     (config(rope_scaling=LLAMA3 | {"low_freq_factor": 4.0}), "low_freq_factor should be below"),
     (config(max_position_embeddings=-5), "max_position"),
-    (config(model_type=["llama"]), "['llama'] model"),
-    (config(rope_scaling="x"), "rope_scaling should be an object"),
+    (config(model_type=["llama"]), "model_type ['llama']; it should be a name"),
+    (config(rope_scaling="x"), "should be one flat object, not 'x'"),
     (file("config.json", b"[" * 100_000), "not valid JSON"),
     (file("config.json", b'{"a":' * 100_000), "not valid JSON"),
     (file("config.json", b"[]"), "should hold a JSON object, not a list"),
