@@ -85,7 +85,7 @@ class Rope:
     def __call__(self, x: torch.Tensor, positions, components=slice(None)) -> torch.Tensor:
         """Rotate x (B, T, heads, d) to its positions, a slice or an index tensor (T,).
 
-        Number i of a latent of a cache.CommutingBasis rotates as component components[i] of a head.
+        Latents that commute with RoPE rotate too: number i as component components[i] of a head.
         """
         cos, sin = self.cos[positions][..., components], self.sin[positions][..., components]
         return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
