@@ -277,7 +277,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 HUB_CLIENT = """
 import contextlib, io, json, sys
-from runtime import bounds, cli
+from runtime import cli
 import huggingface_hub.constants as hub
 answers = []
 for name in "good gated nothing pickled/x a--b good gone good gone".split():
