@@ -296,7 +296,7 @@ class LowRankLayer(CacheLayerMixin):
         self.rope.reserve(int(self.columns + T + self.batch.shift.max()), key_states)
         k, v = key_states.transpose(1, 2), value_states.transpose(1, 2)
         before, self.columns = self.columns, self.columns + T
-        if len(self.batch.groups) == 1 and self.batch.start[0] == 0:             # no padding
+        if not self.batch.start.any():                                           # no padding
             return [x.transpose(1, 2) for x in self.of_group(0, k, v)]
         all_k, all_v = (x.new_zeros(B, self.columns, *x.shape[2:]) for x in (k, v))
         for i, rows in enumerate(self.batch.groups):
@@ -365,6 +365,11 @@ class LowRankCache(Cache):
             raise ValueError("sinks, window and bits belong to kind='bibranch'")
         if bits not in (None, 4, 16):
             raise ValueError(f"bits is 16 or 4, not {bits!r}")
+        if min(sinks or 0, window or 0) < 0:
+            raise ValueError("sinks and window are numbers of tokens, 0 or more")
+        if len(bases) != model.config.num_hidden_layers:
+            raise ValueError(f"bases must hold a pair or None for each of the model's "
+                             f"{model.config.num_hidden_layers} layers, not {len(bases)}")
         options = {"sinks": 0, "window": 0, "bits": 16, "exact_prompt": False}
         if kind == "bibranch":
             options = {"sinks": 4 if sinks is None else sinks, "bits": bits or 16,
