@@ -40,7 +40,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lorc                                                        # noqa: E402
 import model as llama_model                                        # noqa: E402
-from cache import GROUP, Latents, Latents4                         # noqa: E402
+from cache import GROUP, Exact, Latents, Latents4, LowRank         # noqa: E402
 from runtime import checkpoint                                     # noqa: E402
 
 ANOTHER_MODEL = "this LowRankCache was made for another model; make one from the model that runs"
@@ -247,11 +247,13 @@ class StoredRows:
 
     def read(self, rope):
         """All keys, rotated, and values (B, S, G, d), in the order of the text."""
-        span, start, d = slice(0, self.c_k.n), self.position + self.sinks, self.sink_k.shape[-1]
-        k = self.K.keys(self.c_k.read(span), rope, slice(start, start + span.stop), d)
-        v = self.V.expand(self.c_v.read(span), d)
-        return [torch.cat((self.sink_k, k, self.window_k), 1),
-                torch.cat((self.sink_v, v, self.window_v), 1)]
+        start = self.position + self.sinks
+        positions = slice(start, start + self.c_k.n)
+        parts = [Exact(self.sink_k, self.sink_v),
+                 LowRank(self.K, self.V, self.c_k, self.c_v, rope, positions),
+                 Exact(self.window_k, self.window_v)]
+        d = self.sink_k.shape[-1]
+        return [torch.cat(x, 1) for x in zip(*(part.whole(d) for part in parts))]
 
     def select(self, rows):
         """Keep the given rows, in this order, with repetition."""
@@ -390,9 +392,12 @@ class LowRankCache(Cache):
 
     @classmethod
     @torch.no_grad()
-    def from_model(cls, model, kept=0.6, **options):
-        """The cache with LoRC's bases, computed from the weights: Algorithm 1."""
-        _, bases = lorc.lorc(as_llama(model), kept=kept)
+    def from_model(cls, model, kept=0.6, schedule="progressive", **options):
+        """The cache with LoRC's bases, computed from the weights: Algorithm 1.
+
+        schedule="uniform" gives every layer the same rank, which reaches smaller values of `kept`.
+        """
+        _, bases = lorc.lorc(as_llama(model), kept=kept, schedule=schedule)
         return cls(model, bases, **options)
 
     @property
