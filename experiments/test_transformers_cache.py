@@ -61,7 +61,7 @@ def bases_of(llama, kept):
         width = llama.config.kv_width
         return [(lorc.basis(layer.attn.Wk.weight, width), lorc.basis(layer.attn.Wv.weight, width))
                 for layer in llama.layers]
-    return lorc.lorc(llama, kept=kept, schedule="uniform")[1]
+    return lorc.compress(llama, kept=kept, schedule="uniform")[1]
 
 
 def generate(hf, ids, n, cache=None, **options):
@@ -69,6 +69,11 @@ def generate(hf, ids, n, cache=None, **options):
     options = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)} | options
     out = hf.generate(ids, max_new_tokens=n, past_key_values=cache, **options)
     return out[:, ids.shape[1]:]
+
+
+def ours(llama, caches, ids, n):
+    """New token ids [n] after ids (1, T), by lorc.generate."""
+    return [token.item() for token in lorc.generate(llama, caches, ids, n)]
 
 
 def forward(hf, ids, cache, **options):
@@ -91,11 +96,11 @@ def test_greedy_text_and_bytes_are_those_of_our_own_caches(real, name):
     bases, n = bases_of(llama, kept), 100
     caches = lorc.new_caches(llama, kind, ids.shape[1] + n - 1, bases, **options)
     cache = LowRankCache(hf, bases, kind, **options)
-    assert generate(hf, ids, n, cache)[0].tolist() == list(lorc.generate(llama, caches, ids, n))
+    assert generate(hf, ids, n, cache)[0].tolist() == ours(llama, caches, ids, n)
     assert cache.get_seq_length() == ids.shape[1] + n - 1
-    rounded = lorc.new_caches(llama, kind, -(-cache.get_seq_length() // 8) * 8, bases, **options)
-    want = rounded if kind == "compressed" else caches
-    assert cache.nbytes == sum(c.nbytes for c in want)
+    if kind == "compressed":                             # whose capacity is not rounded up to 8
+        caches = lorc.new_caches(llama, kind, -(-cache.get_seq_length() // 8) * 8, bases)
+    assert cache.nbytes == sum(c.nbytes for c in caches)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -109,7 +114,7 @@ def test_each_row_of_a_padded_batch_is_its_own_single_run(real, name):
     out = generate(hf, batch, 60, LowRankCache(hf, bases, kind, **options), attention_mask=mask)
     for row, text in zip(out, texts):
         caches = lorc.new_caches(llama, kind, len(text) + 59, bases, **options)
-        assert row.tolist() == list(lorc.generate(llama, caches, torch.tensor([text]), 60))
+        assert row.tolist() == ours(llama, caches, torch.tensor([text]), 60)
 
 
 @st.composite
@@ -172,7 +177,7 @@ def test_logits_are_ours_for_every_kind_of_checkpoint(tmp_path, variant, kind, o
 
 def test_logits_are_ours_in_a_basis_that_commutes(small):
     hf, llama = small
-    bases = lorc.lorc(llama, kept=0.5, commuting=True, schedule="uniform")[1]
+    bases = lorc.compress(llama, kept=0.5, schedule="uniform", **test_lorc.COMMUTING)[1]
     cache, caches = LowRankCache(hf, bases), lorc.new_caches(llama, "compressed", 40, bases)
     for tokens in torch.arange(40)[None].split([20, 1, 1, 18], 1):
         assert (forward(hf, tokens, cache) - llama(tokens, caches)).abs().max() < 1e-4
@@ -243,10 +248,10 @@ def test_a_second_turn_continues_the_first(real):
     cache = LowRankCache(hf, bases, "bibranch", **options)
     caches = lorc.new_caches(llama, "bibranch", 200, bases, **options)
     first = generate(hf, ids, 20, cache)
-    assert first[0].tolist() == list(lorc.generate(llama, caches, ids, 20))
+    assert first[0].tolist() == ours(llama, caches, ids, 20)
     told = torch.cat((ids, first, ids[:, :7]), 1)
     second = generate(hf, told, 20, cache)
-    assert second[0].tolist() == list(lorc.generate(llama, caches, told[:, ids.shape[1] + 19:], 20))
+    assert second[0].tolist() == ours(llama, caches, told[:, ids.shape[1] + 19:], 20)
 
 
 def test_a_prompt_in_chunks_is_ours_in_the_same_chunks(real):
@@ -258,7 +263,7 @@ def test_a_prompt_in_chunks_is_ours_in_the_same_chunks(real):
         llama(chunk, caches)
     cache = LowRankCache(hf, bases, "bibranch", **options)
     assert (generate(hf, ids, 20, cache, prefill_chunk_size=8)[0].tolist()
-            == list(lorc.generate(llama, caches, last, 20)))
+            == ours(llama, caches, last, 20))
 
 
 def test_a_copy_continues_alone_and_shares_the_bases(real):
@@ -342,7 +347,7 @@ def test_a_layer_that_the_plan_leaves_full_is_kept_full(real):
     bases[0] = None
     caches = lorc.new_caches(llama, "compressed", ids.shape[1] + 39, bases)
     cache = LowRankCache(hf, bases)
-    assert generate(hf, ids, 40, cache)[0].tolist() == list(lorc.generate(llama, caches, ids, 40))
+    assert generate(hf, ids, 40, cache)[0].tolist() == ours(llama, caches, ids, 40)
     assert cache.layers[0].nbytes == caches[0].nbytes
 
 
@@ -350,7 +355,7 @@ def test_a_layer_that_the_plan_leaves_full_is_kept_full(real):
 
 def test_bases_are_saved_and_found_again_and_another_models_are_refused(real, small, tmp_path):
     hf, llama, ids = real
-    plan, bases = lorc.lorc(llama, kept=0.6)
+    plan, bases = lorc.compress(llama, kept=0.6)
     checkpoint.save_bases(tmp_path, llama, plan, bases)
     saved = generate(hf, ids, 30, LowRankCache.from_bases(hf, tmp_path))
     assert torch.equal(saved, generate(hf, ids, 30, LowRankCache.from_model(hf, kept=0.6)))

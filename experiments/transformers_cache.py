@@ -40,7 +40,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lorc                                                        # noqa: E402
 import model as llama_model                                        # noqa: E402
-from cache import GROUP, Exact, Latents, Latents4, LowRank         # noqa: E402
+from cache import GROUP, Buffers, Exact, Latents, LowRank, QuantizedLatents  # noqa: E402
 from runtime import checkpoint                                     # noqa: E402
 
 ANOTHER_MODEL = "this LowRankCache was made for another model; make one from the model that runs"
@@ -186,7 +186,7 @@ class Batch:
 
 def grow(store, tokens):
     """Give a store of latents room for `tokens` more: as much as lorc.new_caches gives its own."""
-    need = store.n + tokens
+    need = store.length + tokens
 
     def longer(x, rows):                                     # (B, S, ...) -> (B, rows, ...)
         more = rows - x.shape[1]
@@ -196,10 +196,11 @@ def grow(store, tokens):
     else:
         groups = need // GROUP
         store.packed = longer(store.packed, groups * GROUP // 2)
-        store.low, store.step = longer(store.low, groups), longer(store.step, groups)
+        store.minimum = longer(store.minimum, groups)
+        store.scale = longer(store.scale, groups)
 
 
-class StoredRows:
+class StoredRows(Buffers):
     """Keys and values of one group of rows in one layer.
 
     Sinks and window hold exact keys, rotated, and values. `c_k` and `c_v` hold the latents of the
@@ -211,7 +212,7 @@ class StoredRows:
         self.position, self.sinks, self.window = position, sinks, window
         self.exact_prompt, self.length = exact_prompt, 0
         self.sink_k, self.sink_v, self.window_k, self.window_v = (k[:, :0] for _ in range(4))
-        store = {16: Latents, 4: Latents4}[bits]
+        store = Latents if bits == 16 else QuantizedLatents
         self.c_k, self.c_v = (store(len(k), GROUP, b.d_c, b.down) for b in pair)
 
     def update(self, k, v, rope):
@@ -238,22 +239,22 @@ class StoredRows:
 
     def compress(self, k, v, rope):
         """Append the latents of k, v (B, T, G, d), which follow the last token compressed."""
-        start = self.position + self.sinks + self.c_k.n
+        start = self.position + self.sinks + self.c_k.length
         positions = slice(start, start + k.shape[1])
         for store in (self.c_k, self.c_v):
             grow(store, k.shape[1])
-        self.c_k.append(self.K.latents(rope.undo(k, positions), rope, positions))
-        self.c_v.append(self.V.shrink(v))
+        self.c_k.append(self.K.cached_latents(rope.undo(k, positions), rope, positions))
+        self.c_v.append(self.V.project(v))
 
     def read(self, rope):
         """All keys, rotated, and values (B, S, G, d), in the order of the text."""
         start = self.position + self.sinks
-        positions = slice(start, start + self.c_k.n)
+        positions = slice(start, start + self.c_k.length)
         parts = [Exact(self.sink_k, self.sink_v),
                  LowRank(self.K, self.V, self.c_k, self.c_v, rope, positions),
                  Exact(self.window_k, self.window_v)]
         d = self.sink_k.shape[-1]
-        return [torch.cat(x, 1) for x in zip(*(part.whole(d) for part in parts))]
+        return [torch.cat(x, 1) for x in zip(*(part.materialize(d) for part in parts))]
 
     def select(self, rows):
         """Keep the given rows, in this order, with repetition."""
@@ -261,11 +262,6 @@ class StoredRows:
             for name, x in vars(part).items():
                 if isinstance(x, torch.Tensor):
                     setattr(part, name, x[rows.to(x.device)])
-
-    @property
-    def nbytes(self) -> int:
-        exact = self.sink_k, self.sink_v, self.window_k, self.window_v
-        return sum(x.nbytes for x in (*exact, self.c_k, self.c_v))
 
 
 class LowRankLayer(CacheLayerMixin):
@@ -397,7 +393,7 @@ class LowRankCache(Cache):
 
         schedule="uniform" gives every layer the same rank, which reaches smaller values of `kept`.
         """
-        _, bases = lorc.lorc(as_llama(model), kept=kept, schedule=schedule)
+        _, bases = lorc.compress(as_llama(model), kept=kept, schedule=schedule)
         return cls(model, bases, **options)
 
     @property
