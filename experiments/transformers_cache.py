@@ -40,7 +40,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lorc                                                        # noqa: E402
 import model as llama_model                                        # noqa: E402
-from cache import GROUP, Buffers, Exact, Latents, LowRank, QuantizedLatents  # noqa: E402
+from cache import GROUP, Buffers, Latents, QuantizedLatents        # noqa: E402
 from runtime import checkpoint                                     # noqa: E402
 
 ANOTHER_MODEL = "this LowRankCache was made for another model; make one from the model that runs"
@@ -247,14 +247,27 @@ class StoredRows(Buffers):
         self.c_v.append(self.V.project(v))
 
     def read(self, rope):
-        """All keys, rotated, and values (B, S, G, d), in the order of the text."""
-        start = self.position + self.sinks
-        positions = slice(start, start + self.c_k.length)
-        parts = [Exact(self.sink_k, self.sink_v),
-                 LowRank(self.K, self.V, self.c_k, self.c_v, rope, positions),
-                 Exact(self.window_k, self.window_v)]
-        d = self.sink_k.shape[-1]
-        return [torch.cat(x, 1) for x in zip(*(part.materialize(d) for part in parts))]
+        """All keys, rotated, and values (B, S, G, d), in the order of the text.
+
+        They are written into one tensor each, because torch.cat is slow for large CUDA tensors.
+        """
+        B, first, G, d = self.sink_k.shape
+        k, v = self.sink_k.new_empty(2, B, self.length, G, d)
+        k[:, :first], v[:, :first] = self.sink_k, self.sink_v
+        for span in self.spans():
+            columns = slice(first + span.start, first + span.stop)
+            positions = slice(self.position + columns.start, self.position + columns.stop)
+            k[:, columns] = self.K.rotated_keys(self.c_k.read(span), rope, positions, d)
+            v[:, columns] = self.V.reconstruct(self.c_v.read(span), d)
+        last = first + self.c_k.length
+        k[:, last:], v[:, last:] = self.window_k, self.window_v
+        return k, v
+
+    def spans(self):
+        """The latents in one span, or in 4 bits in two: complete groups, and those that wait."""
+        length = self.c_k.length
+        complete = length if isinstance(self.c_k, Latents) else length // GROUP * GROUP
+        return [slice(i, j) for i, j in ((0, complete), (complete, length)) if i < j]
 
     def select(self, rows):
         """Keep the given rows, in this order, with repetition."""
