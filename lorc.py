@@ -28,6 +28,7 @@ As a program this file is runtime/cli.py: python lorc.py --prompt "Once upon a t
 import sys
 
 if __name__ == "__main__":
+    sys.path.insert(0, __file__.rpartition("/")[0] or ".")        # also with PYTHONSAFEPATH=1
     from runtime.cli import main
     sys.exit(main())
 

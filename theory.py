@@ -257,12 +257,12 @@ def main(argv=None):
         prog="theory.py", allow_abbrev=False,
         description="Bound against measured error on a checkpoint's own activations.")
     p.add_argument("--model", default=str(model.Path(__file__).resolve().parent / "tiny"))
-    fraction = cli.within(float, 0.01, 0.99, "fraction in [0.01, 0.99]")
+    fraction = cli.number_in(float, 0.01, 0.99, "fraction in [0.01, 0.99]")
     p.add_argument("--kept", type=fraction, default=0.6)
     p.add_argument("--prompt", default="Once upon a time",
                    help="The model goes on from here, and its text is measured.")
     args = p.parse_args(argv)
-    return cli.answer("theory", lambda: run(args))
+    return cli.run_command("theory", lambda: run(args))
 
 
 def run(args):

@@ -486,7 +486,7 @@ def everything_in_these_processes(folder):
                   ["--perplexity", text, "--max-tokens", "300", "--context", "200", "--cache", "bibranch"],
                   ["--plan"]):
         parser = command.command_line()
-        running.run(command.settle(parser, parser.parse_args([*words, "--json"])))
+        running.run(command.validate_flags(parser, parser.parse_args([*words, "--json"])))
     caches = {"full": ("full", {}), "compressed": ("compressed", {}), "bibranch": ("bibranch", {}),
               "4 bits": ("bibranch", {"bits": 4})}
     return {name: logits_step_by_step(kind, **options)
