@@ -80,7 +80,9 @@ def use_saved(args, flags):
     """Replace the flags that made the bases by those that use the saved ones."""
     for name in (*PLAN_FLAGS, "save"):
         flags.pop(name, None)
-    if args.cache != "bibranch" and "compare" not in flags:
+    if args.cache == "full":
+        flags["cache"] = "bibranch"
+    elif args.cache != "bibranch" and "compare" not in flags:
         for name in ("sinks", "window"):
             flags.pop(name, None)
     flags["bases"] = args.save

@@ -43,7 +43,11 @@ def print_results(args, results, seconds):
         for result in results:
             print(f"\n--- {result.cache['kind']}\n{result.text}")
     spent = ", ".join(f"{name} {s:.2f} s" for name, s in seconds.items())
-    print(f"{spent}{' (compilation is part of decode)' if args.compile else ''}", file=sys.stderr)
+    tokens = sum(r.tokens for r in results if r.cache["kind"] == results[-1].cache["kind"])
+    what = "scored" if args.perplexity is not None else "generated"
+    print(f"{tokens:,} tokens {what}; {spent}", file=sys.stderr)
+    if args.compile:
+        print("The seconds of decoding contain those of the compilation.", file=sys.stderr)
 
 
 def print_perplexity(results):
