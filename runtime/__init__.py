@@ -2,9 +2,11 @@
 
     cli.py          flags, which of them can be combined, how a command ends  (needs no torch)
     jobs.py         one command, from the folder to the report
-    measure.py      errors of keys and values, perplexity, divergence from the full cache
+    scoring.py      errors of keys and values, perplexity, divergence from the full cache
     report.py       the tables for a reader, the JSON for a program
     advice.py       the command that a report suggests next
+    bounds.py       python theory.py: the bounds beside measured errors
+    commuting.py    a basis of keys that commutes with RoPE
     checkpoint.py   finds a folder or Hub id, refuses a damaged one in one line; saved bases
     text.py         tokenizer, chat template in its sandbox, streaming
     fast.py         --compile: the decode step with fixed shapes, one CUDA graph

@@ -30,6 +30,26 @@ def main(argv=None):
         return run_command("lorc", work)
 
 
+def bounds_main(argv=None):
+    """The same for `python theory.py`, which prints the bounds beside the measured errors."""
+    parser = Parser(
+        prog="theory.py", allow_abbrev=False,
+        description="Compare the bounds with the errors measured on a checkpoint's activations.")
+    parser.add_argument("--model", default=str(ROOT / "tiny"), metavar="PATH",
+                        help="Folder in Hugging Face layout, or a Hub id. Default: tiny/.")
+    parser.add_argument("--kept", type=number_in(float, 0.01, 0.99, "fraction in [0.01, 0.99]"),
+                        default=0.6, metavar="F", help="As in lorc.py. Default: 0.6.")
+    parser.add_argument("--prompt", default="Once upon a time", metavar="TEXT",
+                        help="Start of the text that the model generates and that is measured.")
+    with dispensable_stderr():
+        args = parser.parse_args(argv)
+
+        def work():
+            from runtime.bounds import run
+            return run(args)
+        return run_command("theory", work)
+
+
 # How a command ends ------------------------------------------------------------------------------
 
 def run_command(name, work):

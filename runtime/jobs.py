@@ -13,11 +13,12 @@ from safetensors import safe_open
 
 import lorc
 import model
-from cache import Latents4
+from cache import QuantizedLatents
 from model import UserError
 from runtime import checkpoint, fast, many
-from runtime.measure import ErrorMeter, finite, score_text
+from runtime.commuting import key_basis
 from runtime.report import report
+from runtime.scoring import ErrorMeter, finite, score_text
 from runtime.text import Stream, Tokenizer
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
@@ -45,7 +46,7 @@ class Setup:
         """Empty caches of one kind, with the flags' sinks, window and bits."""
         return lorc.new_caches(self.llama, kind, capacity, self.bases_for(kind),
                                sinks=self.args.sinks, window=self.args.window,
-                               bits=self.args.bits, strict=simulate_decoding)
+                               bits=self.args.bits, simulate_decoding=simulate_decoding)
 
 
 @dataclass
@@ -208,7 +209,8 @@ def choose_bases(args, llama, tokenizer):
         moments = [finite(C, llama.norm.weight.dtype) for C in moments]
     plan = choose_plan(args, many.gather(lorc.log_kappas(llama)), d_max)
     own = many.share(layers)
-    return plan, lorc.make_bases(llama, plan.ranks[own], moments, args.basis == "commuting")
+    return plan, lorc.make_bases(llama, plan.ranks[own], moments,
+                                 key_basis=key_basis if args.basis == "commuting" else None)
 
 
 def calibration_tokens(args, llama, tokenizer):
@@ -253,7 +255,7 @@ def cache_summary(setup, caches, kind, memory=None):
     dtype = llama.norm.weight.dtype
     nbytes = sum(many.gather([cache.nbytes for cache in caches]))
     packed = sum(many.gather([packed_bytes(cache) for cache in caches]))
-    full = lorc.full_bytes(llama, capacity)
+    full = lorc.full_cache_bytes(llama, capacity)
     ratio = setup.stored.itemsize / dtype.itemsize
     summary = {"kind": kind, "bytes": nbytes, "full_bytes": full,
                "dtype": str(dtype).removeprefix("torch."),
@@ -269,7 +271,7 @@ def cache_summary(setup, caches, kind, memory=None):
 def packed_bytes(cache):
     """Bytes of a cache's 4-bit codes, which are the same in every dtype."""
     stores = [getattr(cache, name, None) for name in ("c_k", "c_v")]
-    return sum(store.packed.nbytes for store in stores if isinstance(store, Latents4))
+    return sum(store.packed.nbytes for store in stores if isinstance(store, QuantizedLatents))
 
 
 def exact_tokens(args, kind, tokens):
@@ -318,12 +320,12 @@ def stream_tokens(steps, meter, tokenizer, prompt, write):
     clock, status = [time.perf_counter()], "ok"
     try:
         with meter.observe():
-            ids.append(next(steps))                                                # the prefill
+            ids.append(next(steps).item())                                                # the prefill
         clock.append(time.perf_counter())
         while ids[-1] not in tokenizer.ends:
             pieces.append(stream.step(ids[-1]))
             write(pieces[-1])
-            ids.append(next(steps))
+            ids.append(next(steps).item())
     except StopIteration:
         pass
     except KeyboardInterrupt:

@@ -203,7 +203,7 @@ def plan_rows(plan, errors):
     """The rows of the table of layers and of the JSON, one dict a layer."""
     rows = []
     for i, (kappas, total, (d_k, d_v)) in enumerate(
-            zip(plan.log_kappa, plan.log_tilde, plan.ranks)):
+            zip(plan.log_kappa, plan.log_kappa_tilde, plan.ranks)):
         row = {"layer": i, "log_kappa_k": kappas[0], "log_kappa_v": kappas[1],
                "log_kappa": sum(kappas), "log_kappa_tilde": total, "d_k": d_k, "d_v": d_v,
                "kept": (d_k + d_v) / (2 * plan.d_max)}

@@ -1,9 +1,7 @@
 """The report: what is measured, what is printed, and the command that is suggested next."""
-import errno
 import itertools
 import json
 import math
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -13,8 +11,7 @@ import torch
 
 import lorc
 import model
-from cache import CompressedCache
-from runtime import advice, checkpoint, cli as command, jobs, many, measure, report
+from runtime import advice, cli as command, jobs, report, scoring
 from runtime.text import Tokenizer
 
 from test_lorc import HERE, RAW, cli, formula_weights, small_model, write_checkpoint
@@ -55,12 +52,12 @@ def test_bytes_are_those_of_caches_in_the_precision_of_the_stored_weights(flags,
     llama, args = model.load(folder), arguments(*words)
     setup = jobs.Setup(args, llama, None, torch.bfloat16, None, [None, None])
     if "full" not in flags:
-        setup.bases = lorc.lorc(llama, d_min=8)[1]
+        setup.bases = lorc.compress(llama, d_min=8)[1]
     capacity = len(TEXT.split()) + 4
     caches = setup.new_caches(args.cache, capacity)
     assert (found["stored_dtype"], found["dtype"]) == ("bfloat16", "float32")
     assert found["stored_bytes"] == sum(cache.nbytes for cache in caches) < found["bytes"]
-    assert found["stored_full_bytes"] == lorc.full_bytes(llama, capacity)
+    assert found["stored_full_bytes"] == lorc.full_cache_bytes(llama, capacity)
 
 
 def test_the_table_gives_bytes_and_fraction_in_the_stored_precision(folder, capsys):
@@ -87,7 +84,7 @@ def log_probabilities(llama, tokens, kind, bases, **options):
 def expected(folder, tokens, kind, d_min=5, **options):
     """(KL from the full cache, negative log-likelihood) in nats, summed over predicted tokens."""
     llama = model.load(folder, torch.float64)
-    bases = lorc.lorc(llama, d_min=d_min, schedule="uniform")[1]
+    bases = lorc.compress(llama, d_min=d_min, schedule="uniform")[1]
     p = log_probabilities(llama, tokens, "full", None)[:-1]
     q = log_probabilities(llama, tokens, kind, bases, **options)[:-1]
     nats = -q.gather(1, tokens[1:, None]).sum()
@@ -178,8 +175,8 @@ def test_scoring_asks_for_few_logits_at_a_time(folder, monkeypatch):
     llama = model.load(folder, torch.float32)
     rows, head = [], llama.head.forward
     monkeypatch.setattr(llama.head, "forward", lambda h: rows.append(len(h)) or head(h))
-    monkeypatch.setattr(measure, "CHUNK", 7)
-    scores = measure.score_text(llama, torch.arange(40), 30, ["full"],
+    monkeypatch.setattr(scoring, "CHUNK", 7)
+    scores = scoring.score_text(llama, torch.arange(40), 30, ["full"],
                                 lambda kind, n: lorc.new_caches(llama, kind, n), {})
     assert max(rows) == 7 and sum(rows) == scores["full"].count == 38
 
@@ -189,9 +186,9 @@ def test_scoring_asks_for_few_logits_at_a_time(folder, monkeypatch):
 def test_errors_are_those_of_keys_and_of_values_over_all_calls():
     """||v - U U^T v|| / ||v|| over two calls, with the values' own basis. Layer 0 sees no cache."""
     llama = small_model()
-    bases = lorc.lorc(llama, d_min=4, schedule="uniform")[1]
+    bases = lorc.compress(llama, d_min=4, schedule="uniform")[1]
     texts = torch.tensor([range(3, 12)]), torch.tensor([range(30, 51)])
-    meter = measure.ErrorMeter(llama, bases)
+    meter = scoring.ErrorMeter(llama, bases)
     with meter.observe():
         for x in texts:
             llama.hidden(x, lorc.new_caches(llama, "full", x.shape[1]))
@@ -259,7 +256,7 @@ def test_a_fraction_that_the_schedule_cannot_reach_is_refused_with_the_one_that_
     words = ["--model", folder, "--plan"]
     status, out, err = cli(capsys, *words, "--kept", 0.4)
     assert (status, out, err.count("\n")) == (2, "", 1)
-    assert "--kept 0.4 cannot be reached" in err and "--schedule uniform reaches 0.4" in err
+    assert "kept 0.4 cannot be reached" in err and "--schedule uniform reaches 0.4" in err
     assert cli(capsys, *words, "--kept", 0.4, "--schedule", "uniform")[0] == 0
     for flags in (["--kept", 0.4, "--skip", 1], ["--kept", 0.01, "--schedule", "uniform"]):
         status, out, err = cli(capsys, *words, *flags)
@@ -274,10 +271,10 @@ def test_times_of_prefill_and_decode_are_told_apart(folder, monkeypatch):
     def steps():
         for seconds in (5, 1, 1, 1):
             now[0] += seconds
-            yield 7
+            yield torch.tensor([7])
     llama = small_model()
     tokenizer = Tokenizer(folder, llama.config)
-    meter = measure.ErrorMeter(llama, [None, None])
+    meter = scoring.ErrorMeter(llama, [None, None])
     ids, text, status, clock = jobs.stream_tokens(steps(), meter, tokenizer, [1], lambda t: None)
     assert (ids, text, status, clock) == ([7] * 4, " w7 w7 w7 w7", "ok", [0, 5, 8])
 
@@ -415,4 +412,4 @@ def test_every_mode_ends_with_a_command_to_try_next_that_runs(
 
 def uniform_ranks(llama, tokens, kept, **options):
     """Stands for lorc.compress_for_loss, which is slow and has tests of its own."""
-    return lorc.lorc(llama, kept=kept, schedule="uniform")
+    return lorc.compress(llama, kept=kept, schedule="uniform")

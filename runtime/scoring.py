@@ -45,7 +45,7 @@ class ErrorMeter:
     @contextmanager
     def observe(self):
         """Count the keys and values that the model computes inside this context."""
-        with lorc.listening(self.llama, self.add):
+        with lorc.observe_projections(self.llama, self.add):
             yield
 
     def errors(self):
@@ -122,3 +122,13 @@ def add_window(llama, x, hidden, scores):
             kl = F.kl_div(log_p, full, log_target=True, reduction="sum")
             score.divergence += kl.item()
 
+
+
+def negative_log_likelihood(llama, tokens, context, make_caches):
+    """Sum of -ln p in nats, and the number of predicted tokens, over windows of `context` tokens.
+
+    tokens (N,). Each window predicts all of its tokens but the first. make_caches(T) returns empty
+    caches for a window of T tokens. exp(nats / count) is the perplexity.
+    """
+    scores = score_text(llama, tokens, context, ["any"], lambda kind, T: make_caches(T), {})
+    return scores["any"].negative_log_likelihood, scores["any"].count
