@@ -205,7 +205,8 @@ def choose_bases(args, llama, tokenizer):
         if args.basis == "loss":
             return lorc.compress_for_loss(llama, tokens, args.kept, sinks=args.sinks,
                                           window=args.window, context=context)
-        moments = lorc.calibrated_moments(llama, tokens, args.basis, args.sinks, context)
+        kind = "asvd" if args.basis == "asvd" else "whitened"
+        moments = lorc.calibrated_moments(llama, tokens, kind, args.sinks, context)
         moments = [finite(C, llama.norm.weight.dtype) for C in moments]
     plan = choose_plan(args, many.gather(lorc.log_kappas(llama)), d_max)
     own = many.share(layers)

@@ -721,38 +721,120 @@ def test_a_save_that_fails_leaves_what_was_there(places, tmp_path, capsys, monke
     fails("Read-only file system")
 
 
+def default_interrupt():
+    """For a child process: Ctrl-C interrupts, also where the shell that started pytest ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start(tmp_path):
-    """Start lorc.py on a small model without an end token; what still runs after the test is killed."""
+    """Start lorc.py on a small model without an end token; it is killed if it outlives the test."""
     raw = {k: v for k, v in RAW.items() if k != "eos_token_id"} | {"max_position_embeddings": 10**5}
-    folder, running = write_checkpoint(tmp_path, raw), []
+    folder, started = write_checkpoint(tmp_path, raw), []
 
     def run(*args, stdout=subprocess.PIPE):
-        command = [sys.executable, str(HERE / "lorc.py"), "--model", str(folder), "--prompt", "w1", *args]
-        env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}      # as users have it
-        running.append(subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, bufsize=0, env=env))
-        return running[-1]
+        words = [sys.executable, str(HERE / "lorc.py"), "--model", str(folder), "--prompt", "w1"]
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}   # as users have it
+        started.append(subprocess.Popen([*words, *args], stdout=stdout, stderr=subprocess.PIPE,
+                                        bufsize=0, env=env, preexec_fn=default_interrupt))
+        return started[-1]
     yield run
-    for process in running:
+    for process in started:
         with process:
             process.kill()
 
 
 def test_ctrl_c_a_closed_pipe_and_a_full_disk_end_without_a_traceback(start):
-    """130 with the text so far and the report; 141 after `| head -c 1`; 2 with one line when standard output is full."""
-    stopped, closed = start("--max-new-tokens", "100000", "--cache", "bibranch"), start("--json")
+    """130 with the text so far and the report; 141 after `| head -c 1`; 2 with one line when
+    standard output is full."""
+    stopped = start("--max-new-tokens", "100000", "--cache", "bibranch")
+    closed = start("--json")
     with open("/dev/full", "w") as full:
         disk = start("--json", stdout=full)
     closed.stdout.close()
     text = stopped.stdout.read(1)
     stopped.send_signal(signal.SIGINT)
     out, err = stopped.communicate(timeout=60)
-    assert stopped.returncode == 130 and text == b" " and out.endswith(b"\n") and b"Traceback" not in err
-    said = int(re.search(rb"(\d+) tokens generated", err)[1])            # the last may be cut off before its text
-    assert b"bibranch " in err and b"\ninterrupted\n" in err and said - len(out.split()) in (0, 1)
-    for process, status, last in ((closed, 141, b""), (disk, 2, b"No space left on device\n")):
+    assert stopped.returncode == 130 and text == b" " and out.endswith(b"\n")
+    said = int(re.search(rb"([\d,]+) tokens generated", err)[1].replace(b",", b""))
+    assert said - len(out.split()) in (0, 1)            # the last one's text may be cut off
+    assert b"bibranch " in err and b"\ninterrupted\n" in err and b"Traceback" not in err
+    last = b"No space left on device\n"
+    for process, status, line in ((closed, 141, b""), (disk, 2, last)):
         err = process.stderr.read()
-        assert process.wait(timeout=60) == status and err.endswith(last) and err.count(b"\n") == bool(last), err
+        assert process.wait(timeout=60) == status and err.endswith(line), err
+        assert err.count(b"\n") == bool(line), err
+
+
+# Packages that cannot be imported, and standard error --------------------------------------------
+
+def stand_in(tmp_path, code):
+    """Environment in which `import torch` runs this code instead."""
+    (tmp_path / "torch.py").write_text(code)
+    return os.environ | {"PYTHONPATH": str(tmp_path)}
+
+
+@pytest.mark.parametrize("script", ["lorc.py", "theory.py"])
+@pytest.mark.parametrize("safe_path", [False, True])
+@pytest.mark.parametrize("code, word", [
+    ("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')",
+     "the package torch is not installed; run pip install -r requirements.txt"),
+    ("raise ImportError('libtorch_cpu.so: failed to map segment\\nfrom shared object')",
+     "cannot import torch (libtorch_cpu.so: failed to map segment); either there is too little"),
+    ("raise MemoryError", "cannot import torch (MemoryError)")])
+def test_a_failing_import_ends_with_one_line(code, word, safe_path, script, tmp_path):
+    env = stand_in(tmp_path, code) | ({"PYTHONSAFEPATH": "1"} if safe_path else {})
+    words = ["--prompt", "w1"]
+    done = subprocess.run([sys.executable, script, *words], cwd=HERE, env=env, timeout=60,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith(f"{script[:-3]}: {word}")
+
+
+def test_a_failing_import_of_ours_is_not_hidden(monkeypatch):
+    def fail(name):
+        raise ModuleNotFoundError("No module named 'runtime.jobz'", name="runtime.jobz")
+    monkeypatch.setattr(command.importlib, "import_module", fail)
+    with pytest.raises(ModuleNotFoundError):
+        command.main(["--plan"])
+
+
+def test_ctrl_c_while_modules_are_imported_ends_with_130_and_no_traceback(tmp_path):
+    """Interrupted while `import torch` runs; it would swallow the KeyboardInterrupt."""
+    env = stand_in(tmp_path, "import time\nprint('importing', flush=True)\n"
+                             "try: time.sleep(60)\nexcept BaseException: raise ImportError('x')")
+    with subprocess.Popen([sys.executable, "lorc.py", "--plan"], cwd=HERE, env=env,
+                          preexec_fn=default_interrupt, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"importing\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, b"", b"")
+
+
+def test_the_handler_of_ctrl_c_is_as_before_after_a_command(capsys):
+    before = signal.getsignal(signal.SIGINT)
+    assert cli(capsys, "--plan")[0] == 0 and signal.getsignal(signal.SIGINT) is before
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # as in a job that a shell has put aside
+    try:
+        with command.exit_on_interrupt():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("words, stderr, status, lines", [
+    ("--model {d}/good --perplexity {d}/text", "2>&-", 0, 1),
+    ("--model {d}/good --perplexity {d}/text", "2>/dev/full", 0, 1),
+    ("--model {d}/none --plan", "2>&-", 2, 0), ("--nonsense", "2>&-", 2, 0),
+    ("--nonsense", "2>/dev/full", 2, 0)])
+def test_errors_never_go_to_standard_output(words, stderr, status, lines, places):
+    """With a standard error that is closed or full: the result, the status, and no error."""
+    line = f"exec {sys.executable} lorc.py {words.format(d=places)} {stderr}"
+    done = subprocess.run(["sh", "-c", line], cwd=HERE, stdout=subprocess.PIPE, text=True,
+                          timeout=60)
+    assert (done.returncode, done.stdout.count("\n")) == (status, lines)
+    assert done.stdout.startswith("perplexity " if lines else "")
 
 
 @pytest.mark.parametrize("error, word", [
