@@ -9,6 +9,7 @@ from runtime.advice import suggest
 STATUS = {"context": "Generation stopped at the model's context, the number of positions that it "
                      "was made for.",
           "interrupted": "interrupted"}
+UNRELIABLE = 0.1        # nats per token: about 10 % more perplexity
 
 
 def report(args, plan, results, seconds):
@@ -162,6 +163,9 @@ def notes(args, plan, results):
     """Sentences about what a reader should know before trusting the table."""
     for status in sorted({result.status for result in results} - {"ok"}):
         yield STATUS[status]
+    for kind, group in by_kind(results).items():
+        if (mean_divergence(group)[0] or 0) > UNRELIABLE:
+            yield (f"With a KL above {UNRELIABLE:g} the {kind} cache is unreliable on this text.")
     bibranch = [result for result in results if result.cache["kind"] == "bibranch"]
     cached = sum(result.cached for result in bibranch)
     exact = sum(result.exact for result in bibranch)
