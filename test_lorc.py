@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 
 import cache
 import lorc
-from runtime import cli as command, bounds, commuting as commuting_keys, fast, jobs as running, many
+from runtime import cli as command, bounds, commuting as commuting_keys, fast, jobs as running
 from runtime.text import Stream, Tokenizer
 import model
 import theory

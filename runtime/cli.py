@@ -64,9 +64,9 @@ def run_command(name, work):
         return print_error(name, message)
     import torch
 
-    from runtime.many import processes
+    from runtime.distributed import process_group
     try:
-        with torch.no_grad(), processes():
+        with torch.no_grad(), process_group():
             status = work()
         print(end="", flush=True)               # raises here, not at exit, if it cannot be written
         return status

@@ -15,7 +15,7 @@ import lorc
 import model
 from cache import QuantizedLatents
 from model import UserError
-from runtime import checkpoint, fast, many
+from runtime import checkpoint, distributed, fast, saved_bases
 from runtime.commuting import key_basis
 from runtime.report import report
 from runtime.scoring import ErrorMeter, finite, score_text
@@ -91,7 +91,7 @@ def read_text(path):
 def check_files_exist(args):
     """Raises UserError for a missing text file. The model, which may be slow, is read later."""
     files = [file for file in (args.perplexity, args.calibrate) if file not in (None, "-")]
-    missing = many.from_first(lambda: [file for file in files if not os.path.exists(file)])
+    missing = distributed.run_on_rank_0(lambda: [file for file in files if not os.path.exists(file)])
     if missing:
         raise UserError(f"{missing[0]}: No such file or directory")
 
@@ -99,7 +99,7 @@ def check_files_exist(args):
 def choose_device(args):
     """The device and the dtype (None for the checkpoint's own). Raises UserError if unusable."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if many.place()[1] > 1 and device.startswith("cuda"):
+    if distributed.rank_and_world_size()[1] > 1 and device.startswith("cuda"):
         if device != "cuda":
             raise UserError(f"--device {device} is one GPU, but torchrun gives each process its "
                             "own; write --device cuda")
@@ -122,7 +122,7 @@ def choose_device(args):
 
 def check_processes(args):
     """Raises UserError for what is not supported when torchrun starts several processes."""
-    if many.place()[1] == 1:
+    if distributed.rank_and_world_size()[1] == 1:
         return
     if args.compile:
         raise UserError("--compile works in one process only; leave it out under torchrun")
@@ -138,7 +138,7 @@ def open_model(args):
     device, dtype = choose_device(args)
     folder = checkpoint.find_model(args.model)
     checkpoint.check(folder)
-    llama = many.load(folder, dtype, device)
+    llama = distributed.load(folder, dtype, device)
     checkpoint.check_numbers(llama)
     return llama, Tokenizer(folder, llama.config), stored_dtype(folder)
 
@@ -192,7 +192,7 @@ def read_jobs(args, llama, tokenizer):
 def choose_bases(args, llama, tokenizer):
     """Plan and bases as the flags ask: saved ones, those of --basis loss, or Algorithm 1's."""
     if args.bases is not None:
-        return checkpoint.load_bases(args.bases, llama)
+        return saved_bases.load_bases(args.bases, llama)
     d_max, layers = llama.config.kv_width, llama.config.layers
     if args.skip >= layers:
         raise UserError(f"--skip {args.skip} leaves none of the model's {layers} layers to "
@@ -208,15 +208,15 @@ def choose_bases(args, llama, tokenizer):
         kind = "asvd" if args.basis == "asvd" else "whitened"
         moments = lorc.calibrated_moments(llama, tokens, kind, args.sinks, context)
         moments = [finite(C, llama.norm.weight.dtype) for C in moments]
-    plan = choose_plan(args, many.gather(lorc.log_kappas(llama)), d_max)
-    own = many.share(layers)
+    plan = choose_plan(args, distributed.gather(lorc.log_kappas(llama)), d_max)
+    own = distributed.local_layers(layers)
     return plan, lorc.make_bases(llama, plan.ranks[own], moments,
                                  key_basis=key_basis if args.basis == "commuting" else None)
 
 
 def calibration_tokens(args, llama, tokenizer):
     """The --calibrate text as (tokens, window length). Raises UserError if it is too short."""
-    tokens = many.from_first(lambda: tokenizer.encode(read_text(args.calibrate)))
+    tokens = distributed.run_on_rank_0(lambda: tokenizer.encode(read_text(args.calibrate)))
     context = min(CALIBRATION_CONTEXT, llama.config.context)
     used = min(len(tokens), CALIBRATION_WINDOWS * context)
     usable = sum(max(0, min(context, used - start) - args.sinks)
@@ -254,8 +254,8 @@ def cache_summary(setup, caches, kind, memory=None):
     """
     llama, capacity = setup.llama, caches[0].capacity
     dtype = llama.norm.weight.dtype
-    nbytes = sum(many.gather([cache.nbytes for cache in caches]))
-    packed = sum(many.gather([packed_bytes(cache) for cache in caches]))
+    nbytes = sum(distributed.gather([cache.nbytes for cache in caches]))
+    packed = sum(distributed.gather([packed_bytes(cache) for cache in caches]))
     full = lorc.full_cache_bytes(llama, capacity)
     ratio = setup.stored.itemsize / dtype.itemsize
     summary = {"kind": kind, "bytes": nbytes, "full_bytes": full,
@@ -265,7 +265,7 @@ def cache_summary(setup, caches, kind, memory=None):
                "stored_bytes": round(packed + (nbytes - packed) * ratio),
                "stored_full_bytes": round(full * ratio)}
     if memory:
-        summary["memory"] = many.gather([memory])
+        summary["memory"] = distributed.gather([memory])
     return summary
 
 
@@ -286,7 +286,7 @@ def checked_step(llama, caches, compile):
     """A decode step for lorc.generate: compiled once the caches allow it, the same logits in all
     processes, and UserError if they are not finite."""
     step = fast.stepper(llama, caches, compile)
-    return lambda tokens: finite(many.agreed(step(tokens)))
+    return lambda tokens: finite(distributed.broadcast(step(tokens)))
 
 
 def generate_text(setup, kind, prompt, write):
@@ -306,7 +306,7 @@ def generate_text(setup, kind, prompt, write):
         status = "context"
     cached = len(prompt) + max(len(ids) - 1, 0)
     memory = torch.cuda.max_memory_allocated() if on_gpu else None
-    errors = many.gather(meter.errors() if len(ids) else [])
+    errors = distributed.gather(meter.errors() if len(ids) else [])
     return Result(cache_summary(setup, caches, kind, memory), len(ids), cached,
                   exact_tokens(args, kind, cached), errors, clock[1] - clock[0],
                   clock[2] - clock[1], status, text, ids)
@@ -390,7 +390,7 @@ def run_perplexity(setup, tokens):
                         lambda *of: setup.new_caches(*of, True), meters)
     results, lengths = [], [len(window) for window in tokens.split(args.context)]
     for kind, score in scores.items():
-        errors = many.gather(meters[kind].errors()) if kind in meters else []
+        errors = distributed.gather(meters[kind].errors()) if kind in meters else []
         perplexity = math.exp(min(score.negative_log_likelihood / score.count, 700.0))
         exact = sum(exact_tokens(args, kind, length) for length in lengths)
         results.append(Result(
@@ -408,14 +408,14 @@ def run(args):
     check_files_exist(args)
     llama, tokenizer, stored = open_model(args)
     args.context = args.context or llama.config.context
-    jobs = many.from_first(lambda: read_jobs(args, llama, tokenizer))
+    jobs = distributed.run_on_rank_0(lambda: read_jobs(args, llama, tokenizer))
     setup = Setup(args, llama, tokenizer, stored, bases=[None] * len(llama.layers))
     clock.append(time.perf_counter())
     if args.cache != "full" or args.compare or args.plan or args.save is not None:
         setup.plan, setup.bases = choose_bases(args, llama, tokenizer)
     clock.append(time.perf_counter())
     if args.save is not None:
-        checkpoint.save_bases(args.save, llama, setup.plan, setup.bases)
+        saved_bases.save_bases(args.save, llama, setup.plan, setup.bases)
         print(f"wrote {Path(args.save) / 'bases.safetensors'}", file=sys.stderr)
     with torch.inference_mode():
         if args.perplexity is not None:

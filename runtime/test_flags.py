@@ -158,7 +158,7 @@ def test_the_metric_of_the_loss_is_given_what_the_flags_say(folder, capsys, monk
 
 
 def test_a_basis_of_the_loss_is_refused_in_several_processes(monkeypatch):
-    monkeypatch.setattr(jobs.many, "place", lambda: (0, 2))
+    monkeypatch.setattr(jobs.distributed, "rank_and_world_size", lambda: (0, 2))
     with pytest.raises(model.UserError, match="--save DIR.*--bases DIR"):
         jobs.check_processes(arguments("--plan", "--calibrate"))
     with pytest.raises(model.UserError, match="--compile works in one process"):

@@ -181,6 +181,20 @@ def test_scoring_asks_for_few_logits_at_a_time(folder, monkeypatch):
     assert max(rows) == 7 and sum(rows) == scores["full"].count == 38
 
 
+def test_every_token_of_a_long_window_is_scored(tmp_path):
+    """300 tokens in one window: the sum of -ln p over the last 299."""
+    raw = RAW | {"max_position_embeddings": 300}
+    llama = model.load(write_checkpoint(tmp_path, raw), torch.float64)
+    x = torch.randint(61, (300,), generator=torch.Generator().manual_seed(0))
+
+    def full(T):
+        return lorc.new_caches(llama, "full", T)
+    nats, count = scoring.negative_log_likelihood(llama, x, 300, full)
+    p = llama(x[None], full(300))[0, :-1].softmax(-1)
+    assert count == 299
+    assert nats == pytest.approx(-p.gather(1, x[1:, None]).log().sum().item(), rel=1e-6)
+
+
 # Errors of keys and values -----------------------------------------------------------------------
 
 def test_errors_are_those_of_keys_and_of_values_over_all_calls():
