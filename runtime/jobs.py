@@ -90,8 +90,10 @@ def read_text(path):
 
 def check_files_exist(args):
     """Raises UserError for a missing text file. The model, which may be slow, is read later."""
-    files = [file for file in (args.perplexity, args.calibrate) if file not in (None, "-")]
-    missing = distributed.run_on_rank_0(lambda: [file for file in files if not os.path.exists(file)])
+    def find_missing():
+        files = [file for file in (args.perplexity, args.calibrate) if file not in (None, "-")]
+        return [file for file in files if not os.path.exists(file)]
+    missing = distributed.run_on_rank_0(find_missing)
     if missing:
         raise UserError(f"{missing[0]}: No such file or directory")
 
@@ -290,7 +292,7 @@ def checked_step(llama, caches, compile):
 
 
 def generate_text(setup, kind, prompt, write):
-    """Continue one prompt (token ids) under one kind of cache; write(text) is called as it comes."""
+    """Continue one prompt (token ids) under one kind of cache; write(text) receives new text."""
     args, llama, tokenizer = setup.args, setup.llama, setup.tokenizer
     n = min(args.max_new_tokens, llama.config.context - len(prompt) + 1)
     on_gpu = llama.norm.weight.is_cuda
@@ -321,7 +323,7 @@ def stream_tokens(steps, meter, tokenizer, prompt, write):
     clock, status = [time.perf_counter()], "ok"
     try:
         with meter.observe():
-            ids.append(next(steps).item())                                                # the prefill
+            ids.append(next(steps).item())                                      # the prefill
         clock.append(time.perf_counter())
         while ids[-1] not in tokenizer.ends:
             pieces.append(stream.step(ids[-1]))
@@ -339,7 +341,7 @@ def stream_tokens(steps, meter, tokenizer, prompt, write):
 
 
 def run_prompts(setup, jobs, write):
-    """Continue every prompt under every cache that the flags ask for, and measure the divergence."""
+    """Continue every prompt under the caches that the flags ask for; measure the divergence."""
     kinds = ["full", "compressed", "bibranch"] if setup.args.compare else [setup.args.cache]
     results = []
     on_terminal = sys.stdout is not None and sys.stdout.isatty()

@@ -1,7 +1,6 @@
 """What a command reports: tables and sentences for a reader, or one JSON object for a program."""
 import itertools
 import json
-import math
 import sys
 
 from runtime.advice import suggest
@@ -23,7 +22,7 @@ def report(args, plan, results, seconds):
     reason, command = suggest(args, best)
     if args.json:
         found = {"model": args.model, "plan": rows, "next": command}
-        print(json.dumps(without_nan(found | as_json(args, results, seconds))))
+        print(json.dumps(found | as_json(args, results, seconds), allow_nan=False))
         return
     if args.plan or args.verbose:
         print_plan(rows, plan, sys.stdout if args.plan else sys.stderr)
@@ -267,12 +266,3 @@ def json_of(results, seconds):
         "status": next((r.status for r in results if r.status != "ok"), "ok"),
         "seconds": seconds | {"prefill": sum(result.prefill for result in results),
                               "decode": sum(result.decode for result in results)}}
-
-
-def without_nan(value):
-    """The value with null for numbers that JSON cannot express: NaN and infinities."""
-    if isinstance(value, dict):
-        return {key: without_nan(x) for key, x in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

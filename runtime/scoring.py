@@ -30,7 +30,8 @@ class ErrorMeter:
 
     def __init__(self, llama, bases):
         self.llama, self.bases = llama, bases
-        self.squares = torch.zeros(len(bases), 2, 2, dtype=torch.float64)   # layer, K or V, k-k~ or k
+        # Sums of squares: of keys and values, of the errors and of the vectors themselves.
+        self.squares = torch.zeros(len(bases), 2, 2, dtype=torch.float64)
 
     def add(self, layer, which, x, y):
         """Add the keys (which = "k") or values y = W x of one layer."""
@@ -75,7 +76,8 @@ def score_text(llama, tokens, context, kinds, new_caches, meters):
     """
     scores = {}
     windows = tokens.split(context)
-    for x in tqdm(windows, "scoring", unit=" windows", leave=False, disable=len(windows) < 2 or None):
+    quiet = len(windows) < 2 or None                    # None: no bar unless this is a terminal
+    for x in tqdm(windows, "scoring", unit=" windows", leave=False, disable=quiet):
         hidden = {}
         for kind in kinds:
             caches = new_caches(kind, len(x))

@@ -190,6 +190,7 @@ def test_bytes_of_the_bibranch_cache_follow_sinks_window_and_bits(bits, new, fol
 def test_cache_full_keeps_everything(folder, capsys):
     got = run_json(capsys, folder, "--prompt", "w1", "--max-new-tokens", 4, "--cache", "full")
     assert got["cache"]["bytes"] == got["cache"]["full_bytes"] == 4 * 4 * 2 * 4 * 16
+    assert got["cache"]["stored_bytes"] == got["cache"]["bytes"]         # stored in float32 too
     assert got["cache"]["kept"] == 1 and got["plan"] == []
 
 
