@@ -22,6 +22,7 @@ import lorc
 import model
 import theory
 from cache import Basis
+from runtime.bounds import own_text
 from runtime.testing import (RAW, REAL, TOKENS, VARIANTS, Text, close, formula_weights, full,
                              numpy_llama, real_model, small_model, texts, write_checkpoint)
 from runtime.testing import background_jobs, real, small  # noqa: F401 (fixtures)
@@ -599,7 +600,7 @@ def test_the_loss_falls_from_svd_to_asvd_to_fine_tuned_to_the_closed_form(real):
     """E||v - v~||^2 on the same text: plain SVD > ASVD > CSKV's fine-tuning from there >= the basis
     for E[x x^T] [E30]."""
     llama, tokenizer, _ = real
-    text = theory.own_text(llama, tokenizer.encode("Once"), 400)[0]
+    text = own_text(llama, tokenizer.encode("Once"), 400)[0]
     W = llama.layers[1].attn.Wv.weight.double()
     C, c = (lorc.calibrated_moments(llama, text, kind, 4, 128)[1] for kind in ("whitened", "asvd"))
     d_c = len(W) // 3
@@ -852,7 +853,7 @@ def test_every_bound_holds_on_the_real_models_own_activations(real, kept):
     """theory.table: Thm. 1, the equality in expectation and the attention bound, in each layer."""
     llama, _, tokens = real
     kept = max(kept, lorc.compress(llama, d_min=1)[0].kept + 0.01)
-    rows = list(theory.table(llama, theory.own_text(llama, tokens[0].tolist(), 200), kept))
+    rows = list(theory.table(llama, own_text(llama, tokens[0].tolist(), 200), kept))
     for _, _, k, v, mean, worst, median, *eq_19 in rows:
         assert 0 < k <= TIGHT and 0 < v <= TIGHT and all(0 <= error < 1 for error in eq_19)
         assert 0 < median <= worst <= TIGHT
