@@ -555,22 +555,25 @@ def test_a_basis_for_moments_is_the_svd_of_scaled_columns(W, seed):
         assert torch.allclose((U.T @ scaled).norm(dim=1), sigma, atol=1e-5 * sigma[0])
 
 
-@given(matrices(12), st.data(), seeds)
-def test_the_closed_form_has_the_least_expected_error(W, data, seed):
-    """[E30]: for inputs with second moment C, E||Wx - W~x||^2 is the sum of the dropped eigenvalues
-    of W C W^T; a random map of rank k, LoRC's and ASVD's are no better. Kills: C forgotten."""
-    n, k, rng = W.shape[1], data.draw(st.integers(1, len(W))), np.random.default_rng(seed)
+@given(matrices(12), st.data(), st.booleans(), seeds)
+def test_the_closed_form_has_the_least_expected_error(W, data, weighted, seed):
+    """[E30]: for inputs with second moment C and an error e = Wx - W~x weighted by M, E e^T M e is
+    the sum of the dropped eigenvalues of M^1/2 W C W^T M^1/2. A random map of rank k, LoRC's and
+    ASVD's are no better. Kills: C or M forgotten; M^1/2 and M^-1/2 exchanged."""
+    (m, n), k, rng = W.shape, data.draw(st.integers(1, len(W))), np.random.default_rng(seed)
     x = torch.tensor(rng.normal(size=(3 * n, n)) * 10.0 ** rng.uniform(-1, 1, n))
-    C = x.T @ x / len(x)
+    C, root = x.T @ x / len(x), torch.tensor(rng.normal(size=(m, m)))
+    M = root @ root.T + 0.1 * torch.eye(m, dtype=torch.float64) if weighted else None
 
-    def mean_error(M):
-        return (x @ (W - M).T).square().sum(1).mean().item()
-    best, noise = theory.expected_error(W, k, C), 1e-10 * torch.trace(W @ C @ W.T).item()
-    closed = mean_error(theory.compressed(W, k, C))
+    def mean_error(A):
+        lost = x @ (W - A).T
+        return (lost * (lost @ M if weighted else lost)).sum(1).mean().item()
+    best, noise = theory.expected_error(W, k, C, M), 1e-9 * mean_error(torch.zeros(m, n))
+    closed = mean_error(theory.compressed(W, k, C, M))
     assert math.isclose(closed, best, rel_tol=1e-6, abs_tol=noise)
-    random = torch.tensor(rng.normal(size=(len(W), k)) @ rng.normal(size=(k, n)))
-    for M in (random, theory.compressed(W, k), theory.compressed(W, k, x.abs().mean(0))):
-        assert mean_error(M) >= best - noise
+    random = torch.tensor(rng.normal(size=(m, k)) @ rng.normal(size=(k, n)))
+    for A in (random, theory.compressed(W, k), theory.compressed(W, k, x.abs().mean(0))):
+        assert mean_error(A) >= best - noise
 
 
 def fine_tuned(W, C, start):
