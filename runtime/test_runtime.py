@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 import cache
 import lorc
-from runtime import bounds, cli as command, fast, jobs as running, many
+from runtime import bounds, cli as command, distributed, fast, jobs as running
 from runtime.text import Stream, Tokenizer
 import model
 import theory
@@ -71,7 +71,7 @@ def test_loading_needs_at_most_a_quarter_more_memory_than_the_weights(tmp_path):
 
 @pytest.mark.parametrize("change, word", [
     ({"model_type": "gpt2"}, "gpt2"), ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
-    ({"sliding_window": 4096}, "sliding window"), ({"quantization_config": {"bits": 4}}, "quantized"),
+    ({"sliding_window": 63}, "sliding_window"), ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"), ({"hidden_act": "gelu"}, "gelu"),
     ({"rope_scaling": {"type": "linear"}}, "factor"), ({"hidden_size": -1}, "hidden_size"),
     ({"num_hidden_layers": "two"}, "num_hidden_layers"), ({"num_attention_heads": 3}, "multiple"),
@@ -167,8 +167,8 @@ FORGED = [
     (config(rope_theta=1e-9), "rope_theta and factor should be at least 1"),
     (config(rope_scaling=LLAMA3 | {"low_freq_factor": 4.0}), "low_freq_factor should be below"),
     (config(max_position_embeddings=-5), "max_position"),
-    (config(model_type=["llama"]), "['llama'] model"),
-    (config(rope_scaling="x"), "rope_scaling should be an object"),
+    (config(model_type=["llama"]), "model_type ['llama']; it should be a name"),
+    (config(rope_scaling="x"), "should be one flat object, not 'x'"),
     (file("config.json", b"[" * 100_000), "not valid JSON"),
     (file("config.json", b'{"a":' * 100_000), "not valid JSON"),
     (file("config.json", b"[]"), "should hold a JSON object, not a list"),
@@ -472,10 +472,10 @@ def test_saved_bases_give_the_same_text_and_fit_no_other_model(plan, tmp_path, c
 
 def logits_step_by_step(kind, **options):
     """tiny/'s logits for a prompt of 80 tokens and 9 more, one by one; None but in the last process."""
-    llama = many.load(HERE / "tiny", torch.float32, "cpu")
+    llama = distributed.load(HERE / "tiny", torch.float32, "cpu")
     tokens = torch.randint(llama.config.vocab, (2, 89), generator=torch.Generator().manual_seed(0))
-    plan = lorc.make_plan(many.gather(lorc.log_kappas(llama)), llama.config.kv_width, kept=0.6)
-    bases = lorc.make_bases(llama, plan.ranks[many.share(llama.config.layers)])
+    plan = lorc.make_plan(distributed.gather(lorc.log_kappas(llama)), llama.config.kv_width, kept=0.6)
+    bases = lorc.make_bases(llama, plan.ranks[distributed.local_layers(llama.config.layers)])
     caches = lorc.new_caches(llama, kind, 89, bases, B=2, **options)
     return llama.head(torch.cat([llama.hidden(t, caches) for t in tokens.split([80] + 9 * [1], 1)], 1))
 
@@ -504,7 +504,7 @@ def one_of_two(folder):
     def run(args, run=running.run):
         running.run = run
         found = everything_in_these_processes(folder)
-        if many.place()[0] == 0:
+        if distributed.rank_and_world_size()[0] == 0:
             torch.save(found, Path(folder) / "logits")
         return run(args)
     running.run = run
