@@ -32,7 +32,9 @@ import model
 import theory
 from cache import Basis, BiBranchCache, CompressedCache, FullCache
 
-from test_lorc import HERE, LLAMA3, RAW, REAL, VARIANTS, beside, bibranch, cli, close, formula_weights, full, numpy_llama, real, small, tensor_shapes, write_checkpoint
+from runtime.testing import (HERE, LLAMA3, RAW, REAL, VARIANTS, cli, formula_weights, full, numpy_llama, tensor_shapes,
+                             write_checkpoint)
+from runtime.testing import background_jobs, real, small  # noqa: F401 (fixtures)
 
 
 # Sec. 3: reading checkpoints -------------------------------------------------------- by hand ---
