@@ -30,8 +30,9 @@ and the names that an earlier comment of the same document defines:
     <!-- let loss = row(S, label="loss metric, 4 bits", wanted=0.4) -->
     | loss metric, 4 bits | 12.5 %<!-- = kept_bytes(loss) --> | +0.9 %<!-- = above(loss, full) --> |
 
---unmarked lists the numbers with a decimal point, a thousands separator or a percent sign that have
-no mark. Numbers that are settings or come from a paper are named in a comment and need no mark:
+A document that has a mark must mark all of its numbers with a decimal point, a thousands separator
+or a percent sign; --unmarked lists those that are missing. Numbers that are settings or come from a
+paper are named in a comment, once for the whole document, and need no mark:
 
     <!-- given: 0.4, 0.2, 95 % -->
 
@@ -51,7 +52,7 @@ ORIGIN = ("command", "device", "torch", "commit")      # what every quoted resul
 COMMENT = re.compile(r"<!--\s*(.*?)\s*-->", re.S)
 CODE = re.compile(r"```.*?```|`[^`\n]*`", re.S)
 INDENTED = re.compile(r"^(?: {4}|\t)[^\n]*", re.M)
-LINK = re.compile(r"\]\([^)\n]*\)|https?://[^\s)>]*")
+LINK = re.compile(r"\]\([^)\n]*\)|https?://[^\s)>]*|\b\d{4}\.\d{5}\b")       # and arXiv numbers
 NUMBER = re.compile(r"(?<![\w.,/#-])[-+−]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+\.\d+|\.\d+|\d+)"
                     r"(?![\w]|[.,]\d)")
 
@@ -160,15 +161,16 @@ def marks(text, results):
             values = evaluate(" ".join(body[1:].split()), names)
             numbers = list(NUMBER.finditer(plain, start, comment.start()))[-len(values):]
             if len(numbers) < len(values):
-                raise NumberError(f"line {line_of(text, comment)}: {len(values)} numbers are marked, "
-                                  f"and {len(numbers)} stand before the comment")
+                raise NumberError(f"line {line_of(text, comment)}: {len(numbers)} numbers stand "
+                                  f"before a comment that marks {len(values)}")
             yield from zip(numbers, values)
         start = comment.end()
 
 
 def disagreements(text, results):
     """One line for every marked number that is not what the results say."""
-    return [f"line {line_of(text, number)}: {number.group()} is printed, the results give {value:.6g}"
+    return [f"line {line_of(text, number)}: {number.group()} is printed, "
+            f"the results give {value:.6g}"
             for number, value in marks(text, results) if not agrees(value, number.group())]
 
 

@@ -62,9 +62,14 @@ def test_measured_looking_numbers_need_a_mark(results):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_the_documents_quote_the_results(path):
-    """Every marked number in README.md and experiments/README.md is the one in its result file."""
-    text = path.read_text(encoding="utf-8")
-    assert disagreements(text, Results(check_numbers.HERE / "results")) == []
+    """Every number in README.md and experiments/README.md is the one in its result file.
+
+    A document without any mark has not been converted yet: it is reported as skipped."""
+    text, results = path.read_text(encoding="utf-8"), Results(check_numbers.HERE / "results")
+    if "<!-- =" not in text:
+        pytest.skip("no number of this document is marked")
+    assert disagreements(text, results) == []
+    assert unmarked(text, results) == []
 
 
 def test_the_command_line_reports_and_repairs(results, tmp_path, capsys):
