@@ -12,10 +12,9 @@ import sys
 
 import study as shared
 from cskv_finetune import published
-from study import round_trip
 
 KEPT = (0.2, 0.4, 0.6)
-ROUNDED = {"16 bits": (16, round_trip), "4 bits, ours": (4, round_trip),
+ROUNDED = {"16 bits": (16, None), "4 bits, ours": (4, None),
            "4 bits, as published": (4, published)}
 RUN = "cskv-5e-5.json"          # CSKV's learning rate
 
