@@ -67,12 +67,12 @@ def fisher_information(study):
 
 
 def in_proportion(information, total, d_max):
-    """Integer ranks in proportion to `information`, each from 1 to d_max, whose sum is `total`.
+    """Integer ranks from 1 to d_max whose sum is `total`: 1, and the rest in proportion.
 
-    What d_max cuts off goes to the others, one each in turn: Palu's rule.
+    What d_max cuts off goes to the others, one each in turn, as in Palu's code.
     """
-    share = [total * x / sum(information) for x in information]
-    ranks = [min(d_max, max(1, int(x))) for x in share]
+    share = [(total - len(information)) * x / sum(information) for x in information]
+    ranks = [1 + min(d_max - 1, int(x)) for x in share]
     order = sorted(range(len(share)), key=lambda i: share[i] - ranks[i])
     while sum(ranks) < total:
         for i in order:

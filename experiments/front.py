@@ -119,6 +119,7 @@ def panel(ax, rows, key):
             continue
         ax.plot(*zip(*points), color=color, marker=marker, linestyle=dashes,
                 markerfacecolor="white" if label.endswith("16 bits") else color)
+        index = min(index, len(points) - 1)
         ax.annotate(label, points[index], xytext=offset, textcoords="offset points", ha=side,
                     color=color, fontsize=9.5)
     ax.set(yscale="log", ylim=(0.8 * shared.FLOOR, 130), xlim=(0, 62))
