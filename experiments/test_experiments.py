@@ -26,13 +26,14 @@ from safetensors.torch import load_file, save_file
 
 import cache
 import lorc
-from runtime import cli as command, fast, jobs as running, many
+from runtime import cli as command, distributed, fast, jobs as running
 from runtime.text import Stream, Tokenizer
 import model
 import theory
 from cache import Basis, BiBranchCache, CompressedCache, FullCache
 
-from test_lorc import HERE, beside, bibranch, cli, full, left_behind, matrices, real
+from runtime.testing import HERE, cli, finished_job
+from runtime.testing import background_jobs, real  # noqa: F401 (fixtures)
 
 
 # The experiments ----------------------------------------------------------------------- parity ---
@@ -88,9 +89,9 @@ def run_every_experiment(out):
 
 
 @pytest.fixture(scope="session")
-def every_experiment(beside):
+def every_experiment(background_jobs):
     """{script: rows}."""
-    results = left_behind(beside["every_experiment"]).glob("*-tiny.json")
+    results = finished_job("every_experiment").glob("*-tiny.json")
     return {path.stem.removesuffix("-tiny"): json.loads(path.read_text())["rows"] for path in results}
 
 
