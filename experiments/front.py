@@ -13,13 +13,13 @@ quantization alone has 4, 3 or 2, with the same quantizer (groups of 32 tokens p
 same exact tokens. Labels ending in "no exact tokens" have no sinks and no window. Bytes are the
 sizes of all buffers for one window of text: latents or codes, minimum and scale of each group,
 exact tokens. `latent_bytes` is the fraction without the exact tokens, which a longer text
-approaches. The ranks and scores of trained factors are read from distill.py's results.
+approaches. Trained factors are not measured here: pictures and tables read their ranks and scores
+from distill.py's results on the same texts, and compute their bytes.
 
     python experiments/front.py --model PATH --text FILE --second OTHER_TEXT --calibrate OTHER_FILE
 """
 import json
 import sys
-from pathlib import Path
 
 import study as shared
 
@@ -46,7 +46,7 @@ def measure(study):
                               second=True))
         rows.append(study.row("quantization alone, no exact tokens", basis="identity",
                               cache="bibranch", bits=bits, second=True, **NONE_EXACT))
-    return [row | {"latent_bytes": latent_bytes(row)} for row in rows + trained(study)]
+    return [row | {"latent_bytes": latent_bytes(row)} for row in rows]
 
 
 def latent_bytes(row):
@@ -56,22 +56,28 @@ def latent_bytes(row):
     return round(row["kept"] * (1 if bits == 16 else (bits + 32 / shared.GROUP) / 16), 5)
 
 
-def trained(study):
-    """Rows from distill.py's results on these texts, if there are any, with their caches' bytes."""
-    rows = []
+def trained(result):
+    """Rows from distill.py's results on the texts of one of this script's, if there are any."""
+    c = shared.model.Config(             # its MLP and vocabulary do not matter here
+        vocab=8, width=result["width"], layers=result["layers"], heads=result["heads"],
+        kv_heads=result["kv_heads"], head_dim=result["head_dim"], mlp=8,
+        context=result["context"], eps=1e-5, tied=True, rope={"type": "default", "theta": 1e4})
+    shape, rows = shared.shape_only(c), []
     for path in sorted((shared.HERE / "results").glob("distill-*.json")):
         run = json.loads(path.read_text())
-        found = run["perplexity"].get(Path(study.args.text).name)
-        second = run["perplexity"].get(Path(study.args.second or "").name, {})
+        found = run["perplexity"].get(result["text"])
+        second = run["perplexity"].get(result.get("second_text"), {})
         ranks = [tuple(pair) for pair in run["ranks"]]
-        if not found or (len(ranks), found["tokens"]) != (study.config.layers, len(study.text)):
+        if not found or (len(ranks), found["tokens"]) != (c.layers, result["tokens"]):
             continue
         for bits, key in ((16, "after"), (4, "after, 4 bits")):
-            row = {"label": f"trained, {bits} bits", "kept": run["kept"], "cache": "bibranch",
-                   "bits": bits, "perplexity": found[key], "from": path.name}
+            row = {"label": f"trained, {bits} bits", "kept": round(run["kept"], 5),
+                   "cache": "bibranch", "bits": bits, "perplexity": found[key],
+                   "bytes": shared.held(shape, "bibranch", ranks, c.context, bits=bits),
+                   "full_bytes": shared.held(shape, "full", ranks, c.context)}
             if key in second:
                 row["second_perplexity"] = second[key]
-            rows.append(row | study.bytes("bibranch", ranks, bits=bits))
+            rows.append(row | {"latent_bytes": latent_bytes(row)})
     return rows
 
 
@@ -98,7 +104,7 @@ def plot(found):
     fig, axes = plt.subplots(len(texts), 1, figsize=(4.6, 3.4 * len(texts)), sharex=True,
                              squeeze=False, layout="constrained")
     for ax, (key, text) in zip(axes[:, 0], texts):
-        panel(ax, result["rows"], key)
+        panel(ax, result["rows"] + trained(result), key)
         ax.set_title(f"{name}, {shared.TEXTS.get(text, text)}", loc="left")
         ax.set_ylabel("perplexity increase (%)")
     axes[-1, 0].set_xlabel("size of the cache (% of the full cache)")
@@ -131,7 +137,7 @@ def table(found):
     lines = []
     for name, result in found.items():
         full = next(row for row in result["rows"] if row["label"] == "full")
-        for row in result["rows"]:
+        for row in result["rows"] + trained(result):
             lines.append([name, row["label"], row["kept"], row.get("bits", 16),
                           f"{row['latent_bytes']:.2%}", f"{row['bytes'] / row['full_bytes']:.2%}",
                           *(f"{row[key]:,.2f}" if key in row else "–"

@@ -62,8 +62,7 @@ def query_metrics(llama, moments):
 
 def loss_ranks(study, kept):
     """(d_k, d_v) of each layer: one sort in the loss metric of the uncompressed model."""
-    moments, metrics = study.loss_metrics()
-    return lorc.sort_ranks(study.llama, moments, metrics, kept)
+    return lorc.sort_ranks(study.llama, kept, *study.first_pass())
 
 
 def measure(study):

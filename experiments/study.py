@@ -39,8 +39,8 @@ from cache import GROUP, Basis, BiBranchCache, affine_codes        # noqa: E402
 from record import provenance                                      # noqa: E402
 
 CALIBRATION = 2**15       # tokens of --calibrate that second moments of inputs are taken over
-SINKS = 4                 # positions of each window that they leave out
-PASSES = (2**16, 2**15)   # tokens of --calibrate in the two passes of the loss metric
+PASSES = (2**15, 2**14)   # tokens of the two passes of the loss metric: lorc's defaults
+SINKS = 4                 # positions of each window that neither of them uses
 
 
 # Bytes -------------------------------------------------------------------------------------------
@@ -128,18 +128,28 @@ class Study:
                                        basis, SINKS, self.context, self.windows(CALIBRATION))
 
     @functools.cache
-    def loss_metrics(self):
-        """C and (M_k, M_v) of each layer from the uncompressed model: one pass of the metric."""
-        return lorc.loss_metrics(self.llama, self.calibration, context=self.context,
-                                 windows=self.windows(PASSES[0]))
+    def first_pass(self, sinks=SINKS, window=32):
+        """C and (M_k, M_v) of each layer, measured on the uncompressed model."""
+        windows = self.windows(PASSES[0])
+        moments = lorc.calibrated_moments(self.llama, self.calibration, "whitened", sinks,
+                                          self.context, windows)
+        return moments, lorc.loss_metrics(self.llama, self.calibration, None, sinks, window,
+                                          self.context, windows)
 
     @functools.cache
     def for_loss(self, kept, sinks=SINKS, window=32):
-        """Ranks by one sort in the loss metric, as (d_k, d_v) of each layer, and their bases."""
-        plan, bases = lorc.compress_for_loss(self.llama, self.calibration, kept, sinks=sinks,
-                                             window=window, context=self.context,
-                                             windows=tuple(map(self.windows, PASSES)))
-        return plan.ranks, bases
+        """Ranks by one sort in the loss metric, as (d_k, d_v) of each layer, and their bases.
+
+        This is lorc.compress_for_loss; its first pass is shared by all values of `kept`.
+        """
+        moments, metrics = self.first_pass(sinks, window)
+        for i, tokens in enumerate(PASSES):
+            if i:
+                metrics = lorc.loss_metrics(self.llama, self.calibration, bases, sinks, window,
+                                            self.context, self.windows(tokens), seed=i)
+            ranks = lorc.sort_ranks(self.llama, kept, moments, metrics)
+            bases = lorc.make_bases(self.llama, ranks, moments, metrics)
+        return ranks, bases
 
     @functools.cache
     def spectra(self, basis):
@@ -174,7 +184,7 @@ class Study:
             eye = torch.eye(self.config.kv_width).to(self.weights[0][0])
             return [(Basis(eye, eye),) * 2] * self.config.layers
         if basis == "loss":
-            moments, metrics = self.loss_metrics()
+            moments, metrics = self.first_pass()
         elif basis == "query":
             from metric import query_metrics        # here, because metric.py imports this module
             moments = self.moments("whitened")
