@@ -35,8 +35,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lorc                                                                 # noqa: E402
 import model                                                                # noqa: E402
-import test_lorc                                                            # noqa: E402
-from runtime import cli as command, saved_bases                             # noqa: E402
+from runtime import cli as command, saved_bases, testing                    # noqa: E402
 
 MEMORY, SECONDS = 2**26, 5
 SLOW_TEMPLATE = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -79,11 +78,11 @@ def valid_checkpoints():
     """Valid checkpoints with saved bases, each a dict from file name to content."""
     kinds = [(1, torch.float32, {}),
              (2, torch.bfloat16, {"tie_word_embeddings": True}),
-             (1, torch.bfloat16, {"head_dim": 8, "rope_scaling": test_lorc.LLAMA3})]
+             (1, torch.bfloat16, {"head_dim": 8, "rope_scaling": testing.LLAMA3})]
     found = []
     for shards, dtype, change in kinds:
         with tempfile.TemporaryDirectory() as d:
-            folder = test_lorc.write_checkpoint(Path(d), test_lorc.RAW | change, shards=shards,
+            folder = testing.write_checkpoint(Path(d), testing.RAW | change, shards=shards,
                                                 dtype=dtype)
             llama = model.load(folder, torch.float32)
             with torch.inference_mode():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import lorc
 import model
 from runtime import cli as command, distributed, jobs
-from test_lorc import HERE, RAW, cli, write_checkpoint                # noqa: F401
+from runtime.testing import HERE, RAW, write_checkpoint
 
 CACHES = {"full": ("full", {}), "compressed": ("compressed", {}), "bibranch": ("bibranch", {}),
           "4 bits": ("bibranch", {"bits": 4})}
@@ -41,7 +41,7 @@ def run_everything(folder):
                    "--cache", "bibranch"],
                   ["--plan"]):
         parser = command.command_line()
-        jobs.run(command.settle(parser, parser.parse_args([*words, "--json"])))
+        jobs.run(command.validate_flags(parser, parser.parse_args([*words, "--json"])))
     return {name: logits_step_by_step(kind, **options)
             for name, (kind, options) in CACHES.items()}
 

@@ -26,13 +26,15 @@ from safetensors.torch import load_file, save_file
 
 import cache
 import lorc
-from runtime import bounds, cli as command, distributed, fast, jobs as running
+from runtime import cli as command, distributed, fast, jobs as running, scoring
 from runtime.text import Stream, Tokenizer
 import model
 import theory
 from cache import Basis, BiBranchCache, CompressedCache, FullCache
 
-from test_lorc import HERE, LLAMA3, RAW, REAL, VARIANTS, beside, bibranch, cli, close, formula_weights, full, numpy_llama, real, small, tensor_shapes, write_checkpoint
+from runtime.testing import (HERE, LLAMA3, RAW, REAL, VARIANTS, cli, formula_weights, full, numpy_llama, tensor_shapes,
+                             write_checkpoint)
+from runtime.testing import background_jobs, real, small  # noqa: F401 (fixtures)
 
 
 def test_perplexity_is_that_of_the_windows_one_by_one(capsys, tmp_path):
@@ -55,7 +57,7 @@ def test_too_little_text_to_score_or_to_calibrate_on_is_said(capsys, tmp_path):
     one = write_checkpoint(tmp_path, RAW | {"max_position_embeddings": 1})
     text = str(HERE / "test_lorc.py")
     for args, word in ((["--model", one, "--perplexity", HERE / "LICENSE", "--cache", "full"], "too short to score"),
-                       (["--plan", "--calibrate", text, "--sinks", 510], "gives 64 tokens")):
+                       (["--plan", "--calibrate", text, "--basis", "whitened", "--sinks", 510], "gives 64 tokens")):
         status, out, err = cli(capsys, *args)
         assert (status, out, err.count("\n")) == (2, "", 1) and word in err
 
@@ -87,8 +89,10 @@ def test_the_reported_error_is_that_of_the_keys_of_the_prompt(real):
     """||k - U U^T k|| / ||k|| of layer 0, whose input no compression has touched yet."""
     llama, _, tokens = real
     bases = lorc.compress(llama, kept=0.5, schedule="uniform")[1]
-    with running.measuring(llama, bases) as errors:
+    meter = scoring.ErrorMeter(llama, bases)
+    with meter.observe():
         llama.hidden(tokens, lorc.new_caches(llama, "compressed", tokens.shape[1], bases))
+    errors = meter.errors()
     layer = llama.layers[0]
     k = layer.attn.Wk(layer.attn_norm(llama.embed(tokens)))
     lost = k - k @ bases[0][0].up @ bases[0][0].up.T
@@ -96,12 +100,13 @@ def test_the_reported_error_is_that_of_the_keys_of_the_prompt(real):
 
 
 def test_compare_runs_the_three_caches(capsys):
+    """A row for each cache with its bytes, their fraction, the divergence and the tokens that agree."""
     status, out, err = cli(capsys, "--model", REAL, "--prompt", "Once upon a time", "--compare", "--max-new-tokens", 8)
     rows = [line.split() for line in out.splitlines() if line.split()[:1] in (["full"], ["compressed"], ["bibranch"])]
     assert status == 0 and [r[0] for r in rows] == ["full", "compressed", "bibranch"]
-    first = rows[0].index("first")
-    assert rows[0][2] == "100.0%" and rows[0][first + 1] == rows[0][first + 3]
-    assert ("the bi-branch cache compressed nothing here" in err) == (rows[2][2] == "100.0%")
+    assert rows[0][2:4] == ["100.0%", "0"] and rows[0][-3:] == ["8", "of", "8"] and rows[1][2] == "60.0%"
+    assert float(rows[1][3]) > 0
+    assert ("the bi-branch cache compressed nothing" in err) == (rows[2][2] == "100.0%")
     ask = ["--model", REAL, "--prompt", "Once", "--compare", "--max-new-tokens", 8, "--sinks", 2]
     for more, nothing in ((["--window", 16], True), (["--window", 2], False),
                           (["--window", 16, "--prompt", "Once upon a time, in a far and cold land, a dog sat on a mat."], False)):
@@ -147,8 +152,8 @@ WRONG = [line.split(" -> ") for line in """
                         -> nothing to do: give --prompt
 --prompt w1 --perplexity {d}/text   -> not allowed with
 --prompt w1 --plan      -> not allowed with
---plan --compile        -> nothing is said without --prompt; leave out --compile
---prompt w1 --compile --max-new-tokens 1 -> the only new token comes with the prompt; leave out --compile
+--plan --compile        -> no text is generated without --prompt; leave out --compile
+--prompt w1 --compile --max-new-tokens 1 -> the only new token is computed together with the prompt; leave out --compile
 --prompt                -> --prompt: expected one argument
 --nonsense              -> unrecognized arguments: --nonsense
 --prompt w1 --temp 1    -> unrecognized arguments: --temp
@@ -169,36 +174,36 @@ WRONG = [line.split(" -> ") for line in """
 --prompt w1 --split 2   -> --split: should be a number in [-1, 1], not '2'
 --prompt w1 --split nan -> --split: should be a number
 --prompt w1 --basis pca -> --basis: invalid choice: 'pca'
---prompt w1 --basis whitened        -> --basis whitened needs --calibrate FILE
---prompt w1 --basis asvd            -> --basis asvd needs --calibrate FILE
+--prompt w1 --basis whitened        -> --basis whitened needs --calibrate
+--prompt w1 --basis asvd            -> --basis asvd needs --calibrate
 --prompt w1 --basis svd --calibrate {d}/text         -> --basis svd uses no text; leave out --calibrate
 --prompt w1 --calibrate /nowhere    -> /nowhere: No such file
---prompt w1 --calibrate {d}/empty   -> {d}/empty holds no text
+--prompt w1 --calibrate {d}/empty   -> {d}/empty contains no text
 --prompt w1 --calibrate {d}/binary  -> {d}/binary is not UTF-8 text (byte 128)
---prompt w1 --calibrate {d}/one     -> calibrating needs 16
---prompt w1 --calibrate {d}/text --sinks 9999        -> calibrating needs 16
+--prompt w1 --calibrate {d}/one     -> calibration needs 16
+--prompt w1 --calibrate {d}/text --sinks 9999        -> calibration needs 16
 --prompt w1 --bases /nowhere        -> /nowhere holds no bases.safetensors; give the folder
 --prompt w1 --bases {d}/text        -> {d}/text holds no bases.safetensors; give the folder
 --prompt w1 --bases {d}/b_kind      -> {d}/b_kind/bases.safetensors holds no bases
---prompt w1 --bases {d}/b_other     -> was made for another model; make new ones with --save
+--prompt w1 --bases {d}/b_other     -> was written for another model; make new ones with --save
 --prompt w1 --bases {d}/b_plan      -> {d}/b_plan/bases.safetensors holds no bases that can be read; make some with --save
---prompt w1 --bases x --kept 0.5    -> --bases brings its own plan; leave out --kept
---prompt w1 --bases x --threshold 0 -> --bases brings its own plan; leave out --threshold
---prompt w1 --bases x --save y      -> --bases brings its own plan; leave out --save
+--prompt w1 --bases x --kept 0.5    -> --bases contains its own plan; leave out --kept
+--prompt w1 --bases x --threshold 0 -> --bases contains its own plan; leave out --threshold
+--prompt w1 --bases x --save y      -> --bases contains its own plan; leave out --save
 --prompt w1 --cache half            -> --cache: invalid choice: 'half' (choose from
---prompt w1 --cache full --kept 0.5 -> --cache full keeps everything; leave out --kept
---prompt w1 --cache full --bases x  -> --cache full keeps everything; leave out --bases
+--prompt w1 --cache full --kept 0.5 -> --cache full compresses nothing; leave out --kept
+--prompt w1 --cache full --bases x  -> --cache full compresses nothing; leave out --bases
 --prompt w1 --compare --cache full  -> --compare runs all three caches; leave out --cache
---prompt w1 --sinks 1   -> only --cache bibranch has two branches, and only --calibrate leaves sinks out; leave out --sinks
---prompt w1 --bits 4    -> only --cache bibranch has two branches
+--prompt w1 --sinks 1   -> only --cache bibranch and --calibrate treat the first tokens differently; leave out --sinks
+--prompt w1 --bits 4    -> only --cache bibranch has latents of 4 bits; leave out --bits
 --prompt w1 --cache bibranch --window -1             -> --window: should be a count up to 10^9, not '-1'
 --prompt w1 --cache bibranch --sinks 1e3             -> --sinks: should be a count up to 10^9, not '1e3'
---prompt w1 --cache bibranch --bits 3                -> --bits: should be a number, 16 or 4, not '3'
+--prompt w1 --cache bibranch --bits 3                -> --bits: invalid choice: 3 (choose from
 --prompt w1 --cache bibranch --bits 8                -> --bits: invalid choice: 8 (choose from
---prompt w1 --cache bibranch --bits four             -> --bits: should be a number, 16 or 4, not 'four'
+--prompt w1 --cache bibranch --bits four             -> --bits: invalid int value: 'four'
 --plan --compare        -> no cache is filled without --prompt or --perplexity; leave out --compare
 --plan --cache bibranch -> no cache is filled without --prompt or --perplexity; leave out --cache
---plan --seed 3         -> nothing is said without --prompt; leave out --seed
+--plan --seed 3         -> no text is generated without --prompt; leave out --seed
 --plan --json=yes       -> --json: ignored explicit argument
 --prompt w1 --context 9 -> nothing is scored without --perplexity; leave out --context
 --prompt w1 --max-tokens 9          -> leave out --max-tokens
@@ -207,8 +212,8 @@ WRONG = [line.split(" -> ") for line in """
 --prompt w1 --temperature inf       -> --temperature: should be a number >= 0
 --prompt w1 --temperature 1 --top-p 2                -> --top-p: should be a fraction in (0, 1]
 --prompt w1 --temperature 1 --seed x                 -> --seed: should be a count up to 10^9, not 'x'
---prompt w1 --seed 3    -> nothing is drawn at temperature 0; leave out --seed
---prompt w1 --temperature 0 --top-p 0.9              -> nothing is drawn at temperature 0; leave out --top-p
+--prompt w1 --seed 3    -> nothing is sampled at temperature 0; leave out --seed
+--prompt w1 --temperature 0 --top-p 0.9              -> nothing is sampled at temperature 0; leave out --top-p
 --prompt w1 --chat      -> no chat template; leave out --chat
 --prompt ''             -> the prompt is empty
 --prompt '  '           -> the prompt is empty
@@ -232,14 +237,31 @@ WRONG = [line.split(" -> ") for line in """
 --perplexity /nowhere --model /no-model              -> /nowhere: No such file
 --perplexity {d}        -> {d}: Is a directory
 --perplexity /proc/self/mem         -> /proc/self/mem: Input/output error
---perplexity {d}/empty  -> {d}/empty holds no text
---perplexity {d}/blank  -> {d}/blank holds no text
+--perplexity {d}/empty  -> {d}/empty contains no text
+--perplexity {d}/blank  -> {d}/blank contains no text
 --perplexity {d}/latin  -> {d}/latin is not UTF-8 text (byte 3)
 --perplexity {d}/one    -> {d}/one is too short to score
 --perplexity {d}/text --context 1   -> --context: should be a count > 1
 --perplexity {d}/text --context 65  -> --context 65 is beyond the model's 64 positions
 --perplexity {d}/text --max-tokens 1                 -> --max-tokens: should be a count > 1
---perplexity {d}/text --chat        -> nothing is said without --prompt; leave out --chat
+--perplexity {d}/text --chat        -> no text is generated without --prompt; leave out --chat
+--prompt w1 --window 8  -> only --cache bibranch and --basis loss have a window; leave out --window
+--prompt w1 --cache bibranch --calibrate --basis whitened --compare -> --compare runs all three caches; leave out --cache
+--prompt w1 --basis loss            -> --basis loss needs --calibrate
+--prompt w1 --calibrate --split 0.1 -> --basis loss, the default with --calibrate, chooses the ranks itself
+--prompt w1 --calibrate --basis loss --schedule uniform --skip 1 -> leave out --schedule, --skip
+--prompt w1 --calibrate --threshold -1e-1                -> leave out --threshold
+--prompt w1 --calibrate --d-min 4   -> leave out --d-min
+--prompt w1 --kept 1 --bits 4 --cache bibranch           -> --bits 4 rounds latents, and --kept 1 makes none
+--prompt w1 --split -1e1            -> --split: should be a number in [-1, 1], not '-1e1'
+--prompt w1 --threshold -nan        -> --threshold: should be a number, not '-nan'
+--prompt w1 --json --verbose        -> --plan and --json contain the table; leave out --verbose
+--plan --verbose        -> --plan and --json contain the table; leave out --verbose
+--save x --verbose      -> --save alone prints no table (--plan does); leave out --verbose
+--prompt w1 --cache full --verbose  -> --cache full compresses nothing; leave out --verbose
+--prompt w1 --calibrate=            -> --calibrate: should not be empty
+--prompt w1 --device mkldnn         -> --device mkldnn cannot be used; here: cpu
+--prompt w1 --kept 0.3 --skip 0     -> --schedule uniform reaches 0.3
 """.strip("\n").splitlines()]
 
 
@@ -257,38 +279,120 @@ def test_the_table_of_wrong_commands_is_as_long_as_promised():
 
 # Full disks, closed pipes, Ctrl-C --------------------------------------------------------- by hand ---
 
+def default_interrupt():
+    """For a child process: Ctrl-C interrupts, also where the shell that started pytest ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start(tmp_path):
-    """Start lorc.py on a small model without an end token; what still runs after the test is killed."""
+    """Start lorc.py on a small model without an end token; it is killed if it outlives the test."""
     raw = {k: v for k, v in RAW.items() if k != "eos_token_id"} | {"max_position_embeddings": 10**5}
-    folder, running = write_checkpoint(tmp_path, raw), []
+    folder, started = write_checkpoint(tmp_path, raw), []
 
     def run(*args, stdout=subprocess.PIPE):
-        command = [sys.executable, str(HERE / "lorc.py"), "--model", str(folder), "--prompt", "w1", *args]
-        env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}      # as users have it
-        running.append(subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, bufsize=0, env=env))
-        return running[-1]
+        words = [sys.executable, str(HERE / "lorc.py"), "--model", str(folder), "--prompt", "w1"]
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}   # as users have it
+        started.append(subprocess.Popen([*words, *args], stdout=stdout, stderr=subprocess.PIPE,
+                                        bufsize=0, env=env, preexec_fn=default_interrupt))
+        return started[-1]
     yield run
-    for process in running:
+    for process in started:
         with process:
             process.kill()
 
 
 def test_ctrl_c_a_closed_pipe_and_a_full_disk_end_without_a_traceback(start):
-    """130 with the text so far and the report; 141 after `| head -c 1`; 2 with one line when standard output is full."""
-    stopped, closed = start("--max-new-tokens", "100000", "--cache", "bibranch"), start("--json")
+    """130 with the text so far and the report; 141 after `| head -c 1`; 2 with one line when
+    standard output is full."""
+    stopped = start("--max-new-tokens", "100000", "--cache", "bibranch")
+    closed = start("--json")
     with open("/dev/full", "w") as full:
         disk = start("--json", stdout=full)
     closed.stdout.close()
     text = stopped.stdout.read(1)
     stopped.send_signal(signal.SIGINT)
     out, err = stopped.communicate(timeout=60)
-    assert stopped.returncode == 130 and text == b" " and out.endswith(b"\n") and b"Traceback" not in err
-    said = int(re.search(rb"(\d+) tokens; seconds", err)[1])            # the last may be cut off before its text
-    assert b"bibranch cache: " in err and b"\ninterrupted\n" in err and said - len(out.split()) in (0, 1)
-    for process, status, last in ((closed, 141, b""), (disk, 2, b"No space left on device\n")):
+    assert stopped.returncode == 130 and text == b" " and out.endswith(b"\n")
+    said = int(re.search(rb"([\d,]+) tokens generated", err)[1].replace(b",", b""))
+    assert said - len(out.split()) in (0, 1)            # the last one's text may be cut off
+    assert b"bibranch " in err and b"\ninterrupted\n" in err and b"Traceback" not in err
+    last = b"No space left on device\n"
+    for process, status, line in ((closed, 141, b""), (disk, 2, last)):
         err = process.stderr.read()
-        assert process.wait(timeout=60) == status and err.endswith(last) and err.count(b"\n") == bool(last), err
+        assert process.wait(timeout=60) == status and err.endswith(line), err
+        assert err.count(b"\n") == bool(line), err
+
+
+# Packages that cannot be imported, and standard error --------------------------------------------
+
+def stand_in(tmp_path, code):
+    """Environment in which `import torch` runs this code instead."""
+    (tmp_path / "torch.py").write_text(code)
+    return os.environ | {"PYTHONPATH": str(tmp_path)}
+
+
+@pytest.mark.parametrize("script", ["lorc.py", "theory.py"])
+@pytest.mark.parametrize("safe_path", [False, True])
+@pytest.mark.parametrize("code, word", [
+    ("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')",
+     "the package torch is not installed; run pip install -r requirements.txt"),
+    ("raise ImportError('libtorch_cpu.so: failed to map segment\\nfrom shared object')",
+     "cannot import torch (libtorch_cpu.so: failed to map segment); either there is too little"),
+    ("raise MemoryError", "cannot import torch (MemoryError)")])
+def test_a_failing_import_ends_with_one_line(code, word, safe_path, script, tmp_path):
+    env = stand_in(tmp_path, code) | ({"PYTHONSAFEPATH": "1"} if safe_path else {})
+    words = ["--prompt", "w1"]
+    done = subprocess.run([sys.executable, script, *words], cwd=HERE, env=env, timeout=60,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith(f"{script[:-3]}: {word}")
+
+
+def test_a_failing_import_of_ours_is_not_hidden(monkeypatch):
+    def fail(name):
+        raise ModuleNotFoundError("No module named 'runtime.jobz'", name="runtime.jobz")
+    monkeypatch.setattr(command.importlib, "import_module", fail)
+    with pytest.raises(ModuleNotFoundError):
+        command.main(["--plan"])
+
+
+def test_ctrl_c_while_modules_are_imported_ends_with_130_and_no_traceback(tmp_path):
+    """Interrupted while `import torch` runs; it would swallow the KeyboardInterrupt."""
+    env = stand_in(tmp_path, "import time\nprint('importing', flush=True)\n"
+                             "try: time.sleep(60)\nexcept BaseException: raise ImportError('x')")
+    with subprocess.Popen([sys.executable, "lorc.py", "--plan"], cwd=HERE, env=env,
+                          preexec_fn=default_interrupt, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"importing\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, b"", b"")
+
+
+def test_the_handler_of_ctrl_c_is_as_before_after_a_command(capsys):
+    before = signal.getsignal(signal.SIGINT)
+    assert cli(capsys, "--plan")[0] == 0 and signal.getsignal(signal.SIGINT) is before
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # as in a job that a shell has put aside
+    try:
+        with command.exit_on_interrupt():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("words, stderr, status, lines", [
+    ("--model {d}/good --perplexity {d}/text", "2>&-", 0, 1),
+    ("--model {d}/good --perplexity {d}/text", "2>/dev/full", 0, 1),
+    ("--model {d}/none --plan", "2>&-", 2, 0), ("--nonsense", "2>&-", 2, 0),
+    ("--nonsense", "2>/dev/full", 2, 0)])
+def test_errors_never_go_to_standard_output(words, stderr, status, lines, places):
+    """With a standard error that is closed or full: the result, the status, and no error."""
+    line = f"exec {sys.executable} lorc.py {words.format(d=places)} {stderr}"
+    done = subprocess.run(["sh", "-c", line], cwd=HERE, stdout=subprocess.PIPE, text=True,
+                          timeout=60)
+    assert (done.returncode, done.stdout.count("\n")) == (status, lines)
+    assert done.stdout.startswith("perplexity " if lines else "")
 
 
 @pytest.mark.parametrize("error, word", [
@@ -323,7 +427,7 @@ def test_a_dtype_that_the_device_lacks_ends_with_one_line(capsys, monkeypatch):
     (["--prompt", "bird " * 600], "tokens; give 1 to 511"), (["--mod", "x"], "unrecognized arguments")])
 def test_theory_answers_a_wrong_command_in_its_own_name(args, word, capsys):
     try:
-        status = bounds.main(args)
+        status = command.bounds_main(args)
     except SystemExit as e:
         status = e.code
     out, err = capsys.readouterr()
