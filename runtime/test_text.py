@@ -3,6 +3,7 @@ import importlib.util
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 
@@ -222,11 +223,13 @@ LOOP = "{% for m in messages %}w3 {{ m['content'] }}{% endfor %}"
 ])
 def test_chat_templates_cannot_reach_python_nor_run_for_long(template, want, tmp_path):
     t = open_tokenizer(tmp_path, chat_template=template)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime              # CPU time
     if isinstance(want, list):
         assert t.chat("w9") == want
     else:
         with pytest.raises(model.UserError, match=want):
             t.chat("w9")
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 4
 
 
 def test_chat_template_jinja_takes_precedence(tmp_path):
