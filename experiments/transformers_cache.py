@@ -4,10 +4,10 @@
     out = model.generate(**inputs, past_key_values=cache)
     print(cache.nbytes)
 
-`LowRankCache.from_model(model, kept=0.6)` computes LoRC's bases from the weights instead. The caches
-store what those of cache.py store: exact keys and values of the first `sinks` and the last `window`
-tokens, and latents of the others, in the model's dtype or in 4 bits. A layer rebuilds its keys and
-values in each forward pass, and they are freed after that layer's attention.
+`LowRankCache.from_model(model, kept=0.6)` computes LoRC's bases from the weights instead. The
+caches store what those of cache.py store: exact keys and values of the first `sinks` and the last
+`window` tokens, and latents of the others, in the model's dtype or in 4 bits. A layer rebuilds its
+keys and values in each forward pass, and they are freed after that layer's attention.
 
 Two facts about transformers shape this file:
 
@@ -365,8 +365,8 @@ class LowRankCache(Cache):
 
     bases holds (K, V) of each layer, None where the layer stays full. `kind` is "compressed" for
     LoRC's cache or "bibranch" for CSKV's, which alone takes `sinks` (4), `window` (32) and `bits`
-    (16 or 4; 16 stands for the model's dtype). `nbytes` is the number of bytes stored, with the room
-    for up to 7 more latents. Raises ValueError for a model or an option that is not supported.
+    (16 or 4; 16 stands for the model's dtype). `nbytes` is the size of the buffers, which have room
+    for up to 7 more latents in 16 bits. Raises ValueError for a model or option not supported.
     """
 
     def __init__(self, model, bases, kind="compressed", sinks=None, window=None, bits=None):
