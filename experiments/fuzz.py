@@ -31,7 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lorc
 from runtime import cli as command
-import test_lorc
+from runtime import testing
 
 SLACK, SECONDS = 2**26, 5
 ODD = [0, -1, 1, 2, 3, 7, 16, 17, 61, 62, 10**6, 2**31 - 1, 2**31, 2**63, 10**30, -2**63, 0.5, -0.0, 1e-30, 1e29, 1e308,
@@ -61,11 +61,11 @@ def tokenizer_bpe():
 def bases():
     """Valid checkpoints, each a dict of file name -> bytes: one file or shards, float32 or bfloat16."""
     found = []
-    rope = {"rope_scaling": test_lorc.LLAMA3}
+    rope = {"rope_scaling": testing.LLAMA3}
     for shards, dtype, change in ((1, torch.float32, {}), (2, torch.bfloat16, {"tie_word_embeddings": True}),
                                   (1, torch.bfloat16, rope | {"head_dim": 8})):
         with tempfile.TemporaryDirectory() as d:
-            folder = test_lorc.write_checkpoint(Path(d), test_lorc.RAW | change, shards=shards, dtype=dtype)
+            folder = testing.write_checkpoint(Path(d), testing.RAW | change, shards=shards, dtype=dtype)
             files = {f.name: f.read_bytes() for f in folder.iterdir()}
         files["tokenizer_config.json"] = b'{"bos_token": "w1", "eos_token": {"content": "w2"}, "add_bos_token": true}'
         files["generation_config.json"] = b'{"eos_token_id": [2, 3]}'
