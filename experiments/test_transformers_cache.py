@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 import lorc                                                        # noqa: E402
 import model                                                       # noqa: E402
-import test_lorc                                                   # noqa: E402
+from runtime import testing                                        # noqa: E402
 from runtime import checkpoint                                     # noqa: E402
 from runtime.text import Tokenizer                                 # noqa: E402
 from transformers_cache import LowRankCache, as_llama              # noqa: E402
@@ -38,14 +38,14 @@ def load(folder, dtype=torch.float32):
 @pytest.fixture(scope="module")
 def real():
     """A real checkpoint in both forms, and the token ids of a text."""
-    hf, llama = load(test_lorc.REAL)
-    return hf, llama, torch.tensor([Tokenizer(test_lorc.REAL, llama.config).encode(PROMPT)])
+    hf, llama = load(testing.REAL)
+    return hf, llama, torch.tensor([Tokenizer(testing.REAL, llama.config).encode(PROMPT)])
 
 
 def small_checkpoint(folder, **change):
     """Written with sliding_window null, because transformers gives Mistral a window without it."""
-    raw = test_lorc.RAW | {"max_position_embeddings": 512, "sliding_window": None} | change
-    test_lorc.write_checkpoint(folder, raw)
+    raw = testing.RAW | {"max_position_embeddings": 512, "sliding_window": None} | change
+    testing.write_checkpoint(folder, raw)
     return folder
 
 
@@ -166,18 +166,18 @@ def cut_left(sizes, padding):
 @pytest.mark.parametrize("variant", ["grouped", "multi_head", "wide_heads", "mistral", "linear", "llama3"])
 @pytest.mark.parametrize("kind, options", [("compressed", {}), ("bibranch", {"sinks": 2, "window": 3})])
 def test_logits_are_ours_for_every_kind_of_checkpoint(tmp_path, variant, kind, options):
-    hf, llama = load(small_checkpoint(tmp_path, **test_lorc.VARIANTS[variant]))
+    hf, llama = load(small_checkpoint(tmp_path, **testing.VARIANTS[variant]))
     assert as_llama(hf).config == llama.config
     bases, ids = bases_of(llama, 0.5), torch.arange(40)[None]
     caches = lorc.new_caches(llama, kind, 40, bases, **options)
     cache = LowRankCache(hf, bases, kind, **options)
     for tokens in ids.split([20, 1, 1, 10, 8], 1):
-        assert test_lorc.close(forward(hf, tokens, cache), llama(tokens, caches), scale=5)
+        assert testing.close(forward(hf, tokens, cache), llama(tokens, caches), scale=5)
 
 
 def test_logits_are_ours_in_a_basis_that_commutes(small):
     hf, llama = small
-    bases = lorc.compress(llama, kept=0.5, schedule="uniform", **test_lorc.COMMUTING)[1]
+    bases = lorc.compress(llama, kept=0.5, schedule="uniform", **testing.COMMUTING)[1]
     cache, caches = LowRankCache(hf, bases), lorc.new_caches(llama, "compressed", 40, bases)
     for tokens in torch.arange(40)[None].split([20, 1, 1, 18], 1):
         assert (forward(hf, tokens, cache) - llama(tokens, caches)).abs().max() < 1e-4
@@ -185,7 +185,7 @@ def test_logits_are_ours_in_a_basis_that_commutes(small):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_window_as_long_as_the_text_gives_the_full_caches_output_bit_for_bit(dtype):
-    hf, llama = load(test_lorc.REAL, dtype)
+    hf, llama = load(testing.REAL, dtype)
     ids, mask = padded([range(5, 25), range(9, 16)])
     cache = LowRankCache(hf, bases_of(llama, 0.4), "bibranch", sinks=2, window=60)
     full = transformers.DynamicCache()
@@ -200,7 +200,7 @@ def test_a_window_as_long_as_the_text_gives_the_full_caches_output_bit_for_bit(d
 
 def test_bfloat16_text_is_generated_and_stays_near_our_own(real):
     """At full rank the logits of both are within 16-bit rounding of the float32 ones."""
-    hf, llama = load(test_lorc.REAL, torch.bfloat16)
+    hf, llama = load(testing.REAL, torch.bfloat16)
     _, exact, ids = real
     want = exact(ids, lorc.new_caches(exact, "full", ids.shape[1]))
     ours = llama(ids, lorc.new_caches(llama, "compressed", ids.shape[1], bases_of(llama, None)))
@@ -303,7 +303,7 @@ def test_rows_that_are_chosen_and_repeated_are_those_of_a_fresh_batch(small):
 
 def test_the_pipeline_takes_it_with_padding_and_with_a_chat_template(real):
     hf, llama, _ = real
-    tokenizer = transformers.AutoTokenizer.from_pretrained(test_lorc.REAL, padding_side="left")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(testing.REAL, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.chat_template = tokenizer.chat_template or "{{ messages[0]['content'] }}"
     pipe = transformers.pipeline("text-generation", model=hf, tokenizer=tokenizer)
@@ -389,14 +389,14 @@ def test_a_wrong_use_raises_one_clear_error(real, small, tmp_path):
     used = LowRankCache(hf, bases)
     forward(hf, ids, used)
     refused("call cache.reset", lambda: forward(hf, ids.expand(2, -1), used))
-    config = transformers.MistralConfig(**test_lorc.RAW | {"sliding_window": 8})
+    config = transformers.MistralConfig(**testing.RAW | {"sliding_window": 8})
     refused("sliding window", lambda: LowRankCache.from_model(transformers.MistralForCausalLM(config)))
     gpt2 = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)
     refused("'gpt2'", lambda: LowRankCache.from_model(transformers.GPT2LMHeadModel(gpt2)))
 
 
 def test_a_model_that_changes_its_dtype_afterwards_is_refused():
-    hf, llama = load(test_lorc.REAL)
+    hf, llama = load(testing.REAL)
     cache = LowRankCache(hf, bases_of(llama, 0.6))
     with pytest.raises(ValueError, match="make the LowRankCache after the model has its dtype"):
         forward(hf.bfloat16(), torch.arange(9)[None], cache)
@@ -405,7 +405,7 @@ def test_a_model_that_changes_its_dtype_afterwards_is_refused():
 def test_a_model_cast_to_16_bits_is_rotated_back_with_the_frequencies_it_has_then():
     """`model.bfloat16()` rounds the frequencies of its rotary embedding as well. At full rank the cached keys must come
     back as they came, to 16-bit rounding."""
-    hf, _ = load(test_lorc.REAL)
+    hf, _ = load(testing.REAL)
     hf = hf.bfloat16()
     cache, full = LowRankCache(hf, bases_of(as_llama(hf), None)), transformers.DynamicCache()
     ids = torch.arange(300)[None] % 61

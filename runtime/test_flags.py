@@ -10,7 +10,7 @@ import model
 from runtime import cli as command, jobs
 from runtime.commuting import CommutingBasis
 
-from test_lorc import RAW, cli, write_checkpoint
+from runtime.testing import RAW, cli, write_checkpoint
 
 TEXT = " ".join(f"w{(3 * i * i + i // 5) % 61}" for i in range(200))
 SHAPE = RAW | {"num_hidden_layers": 4}

@@ -14,7 +14,7 @@ import model
 from runtime import advice, cli as command, jobs, report, scoring
 from runtime.text import Tokenizer
 
-from test_lorc import HERE, RAW, cli, formula_weights, small_model, write_checkpoint
+from runtime.testing import HERE, RAW, cli, formula_weights, small_model, write_checkpoint
 
 TEXT = " ".join(f"w{7 * i * i % 61}" for i in range(1, 50))
 
