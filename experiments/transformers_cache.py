@@ -307,7 +307,7 @@ class LowRankLayer(CacheLayerMixin):
         self.rope.reserve(int(self.columns + T + self.batch.shift.max()), key_states)
         k, v = key_states.transpose(1, 2), value_states.transpose(1, 2)
         before, self.columns = self.columns, self.columns + T
-        if not self.batch.start.any():                                           # no padding
+        if len(self.batch.groups) == 1 and not self.batch.start.any():           # no padding
             return [x.transpose(1, 2) for x in self.of_group(0, k, v)]
         all_k, all_v = (x.new_zeros(B, self.columns, *x.shape[2:]) for x in (k, v))
         for i, rows in enumerate(self.batch.groups):
