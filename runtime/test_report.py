@@ -12,9 +12,8 @@ import torch
 import lorc
 import model
 from runtime import advice, cli as command, jobs, report, scoring
+from runtime.testing import RAW, cli, small_model, write_checkpoint
 from runtime.text import Tokenizer
-
-from test_lorc import HERE, RAW, cli, formula_weights, small_model, write_checkpoint
 
 TEXT = " ".join(f"w{7 * i * i % 61}" for i in range(1, 50))
 
@@ -45,7 +44,7 @@ def run_json(capsys, *words):
     ["--cache", "full"], ["--cache", "compressed"], ["--cache", "bibranch", "--bits", 4],
     ["--cache", "bibranch", "--sinks", 3, "--window", 5]])
 def test_bytes_are_those_of_caches_in_the_precision_of_the_stored_weights(flags, folder, capsys):
-    """Against caches of a model that is loaded in that precision; 4-bit codes are the same in any."""
+    """Against caches of a model loaded in that precision; 4-bit codes are the same in any."""
     words = ["--model", folder, "--prompt", TEXT, "--max-new-tokens", 5, "--d-min", 8]
     words = [word for word in words if "full" not in flags or word not in ("--d-min", 8)] + flags
     found = run_json(capsys, *words)["cache"]
