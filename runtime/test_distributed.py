@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import lorc
 import model
 from runtime import cli as command, distributed, jobs
-from test_lorc import HERE, RAW, cli, write_checkpoint                # noqa: F401
+from runtime.testing import HERE, RAW, cli, write_checkpoint                # noqa: F401
 
 CACHES = {"full": ("full", {}), "compressed": ("compressed", {}), "bibranch": ("bibranch", {}),
           "4 bits": ("bibranch", {"bits": 4})}

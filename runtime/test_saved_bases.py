@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import lorc
 import model
 from runtime import commuting, saved_bases
-from test_lorc import HERE, RAW, REAL, cli, formula_weights, write_checkpoint
+from runtime.testing import HERE, RAW, REAL, cli, formula_weights, write_checkpoint
 
 
 def open_model(folder, change=lambda weights: weights, dtype=torch.float32):

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as FastTokenizer, decoders, models, normalizers
 
 import model
 from runtime.text import Stream, Tokenizer
-from test_lorc import HERE, RAW, real, write_checkpoint             # noqa: F401
+from runtime.testing import HERE, RAW, real, write_checkpoint             # noqa: F401
 
 
 def open_tokenizer(folder, tokenizer=None, **options):
