@@ -15,10 +15,6 @@ from runtime import advice, cli as command, jobs, report, scoring
 from runtime.testing import RAW, cli, small_model, write_checkpoint
 from runtime.text import Tokenizer
 
-<<<<<<< HEAD
-=======
-
->>>>>>> main
 TEXT = " ".join(f"w{7 * i * i % 61}" for i in range(1, 50))
 
 
