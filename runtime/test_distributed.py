@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import lorc
 import model
 from runtime import cli as command, distributed, jobs
-from runtime.testing import HERE, RAW, cli, write_checkpoint                # noqa: F401
+from runtime.testing import HERE, RAW, write_checkpoint
 
 CACHES = {"full": ("full", {}), "compressed": ("compressed", {}), "bibranch": ("bibranch", {}),
           "4 bits": ("bibranch", {"bits": 4})}
@@ -62,10 +62,17 @@ def one_of_two(folder):
 
 
 def read_lines(out):
+<<<<<<< HEAD
     """The JSON objects in an output, without their times and the command to try next."""
     def comparable(found):
         return {name: x for name, x in found.items() if name not in ("seconds", "next")}
     return [json.loads(line, object_hook=comparable) for line in out.splitlines()]
+=======
+    """The JSON objects in an output, without the times and the command to try next."""
+    def keep(found):
+        return {name: x for name, x in found.items() if name not in ("seconds", "next")}
+    return [json.loads(line, object_hook=keep) for line in out.splitlines()]
+>>>>>>> main
 
 
 def test_two_processes_give_bit_for_bit_what_one_gives(tmp_path, capsys):

@@ -316,6 +316,20 @@ def test_agreement_counts_leading_tokens_of_every_prompt():
     assert report.agreement_text(results, "compressed") == "1 of 3, 2 of 2"
 
 
+def test_the_closest_cache_has_the_smallest_divergence_and_of_equal_ones_the_fewest_bytes():
+    def result(kind, divergence, stored_bytes):
+        cache = {"kind": kind, "stored_bytes": stored_bytes, "full_bytes": 9}
+        return jobs.Result(cache, 5, 5, 0, [], 0.0, divergence=divergence, divergence_tokens=5)
+    full = result("full", 0.0, 1)
+    for compressed, bibranch, want in (((0.5, 3), (0.1, 4), "bibranch"),
+                                       ((0.1, 4), (0.5, 3), "compressed"),
+                                       ((0.2, 3), (0.2, 4), "compressed"),
+                                       ((0.2, 4), (0.2, 3), "bibranch")):
+        results = [full, result("compressed", *compressed), result("bibranch", *bibranch)]
+        assert report.closest_kind(results) == want
+    assert report.closest_kind([full]) is None
+
+
 # The next command --------------------------------------------------------------------------------
 
 TASKS = [["--prompt", "w1"], ["--prompt=-x", "--prompt", "it's\n$HOME"], ["--perplexity", "text"],
