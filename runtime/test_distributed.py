@@ -62,17 +62,10 @@ def one_of_two(folder):
 
 
 def read_lines(out):
-<<<<<<< HEAD
-    """The JSON objects in an output, without their times and the command to try next."""
-    def comparable(found):
-        return {name: x for name, x in found.items() if name not in ("seconds", "next")}
-    return [json.loads(line, object_hook=comparable) for line in out.splitlines()]
-=======
     """The JSON objects in an output, without the times and the command to try next."""
     def keep(found):
         return {name: x for name, x in found.items() if name not in ("seconds", "next")}
     return [json.loads(line, object_hook=keep) for line in out.splitlines()]
->>>>>>> main
 
 
 def test_two_processes_give_bit_for_bit_what_one_gives(tmp_path, capsys):
