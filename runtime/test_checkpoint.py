@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import model
 from runtime import checkpoint
 from runtime.testing import (HERE, LLAMA3, RAW, cli, formula_weights, full, tensor_shapes,
-                             write_checkpoint)
+                       write_checkpoint)
 
 WK = "model.layers.1.self_attn.k_proj.weight"
 
