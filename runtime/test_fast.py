@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import lorc
 import model
 from runtime import commuting, fast
-from runtime.testing import COMMUTING, Text, close, finished_job, full, small_model
+from runtime.testing import Text, close, finished_job, full, small_model
 from runtime.testing import background_jobs, small  # noqa: F401 (fixtures)
 
 
@@ -52,6 +52,9 @@ def forty_tokens(llama, kind, compile, prompt=12, **plan):
         step = fast.stepper(llama, caches, compile)
         steps = lorc.generate(llama, caches, torch.arange(prompt)[None], 40, step=step)
         return [token.item() for token in steps]
+
+
+COMMUTING = {"key_basis": commuting.key_basis, "pairs": True}         # options of lorc.compress
 
 
 @pytest.mark.parametrize("kind, plan", [
