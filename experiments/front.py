@@ -10,11 +10,10 @@
 
 A bi-branch cache keeps the first 4 and the last 32 tokens exact. Latents have 16 or 4 bits;
 quantization alone has 4, 3 or 2, with the same quantizer (groups of 32 tokens per channel) and the
-same exact tokens. Labels ending in "no exact tokens" have no sinks and no window. Bytes are the
-sizes of all buffers for one window of text: latents or codes, minimum and scale of each group,
-exact tokens. `latent_bytes` is the fraction without the exact tokens, which a longer text
-approaches. Trained factors are not measured here: pictures and tables read their ranks and scores
-from distill.py's results on the same texts, and compute their bytes.
+same exact tokens. Bytes are the sizes of all buffers for one window of text: latents or codes,
+minimum and scale of each group, exact tokens. `latent_bytes` is the fraction without the exact
+tokens, which a longer text approaches. Trained factors are not measured here: pictures and tables
+read their ranks and scores from distill.py's results on the same texts, and compute their bytes.
 
     python experiments/front.py --model PATH --text FILE --second OTHER_TEXT --calibrate OTHER_FILE
 """
@@ -23,29 +22,23 @@ import sys
 
 import study as shared
 
-KEPT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
-FEW = (0.2, 0.4, 0.6)
+KEPT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+KEPT_LORC = (0.4, 0.6, 0.8)
 BITS = (4, 3, 2)
 LORC = {"LoRC, Eq. 13": {"schedule": "progressive"}, "LoRC, uniform": {}}
 METRICS = {"calibrated": "whitened", "loss metric": "loss, sorted"}
-NONE_EXACT = {"sinks": 0, "window": 0}
 
 
 def measure(study):
     rows = [study.row("full", cache="full", second=True)]
     for label, setting in LORC.items():
-        rows += study.sweep(label, KEPT, second=True, **setting)
+        rows += study.sweep(label, KEPT_LORC, second=True, **setting)
     for label, basis in METRICS.items():
         for bits in (16, 4):
             rows += study.sweep(f"{label}, {bits} bits", KEPT, basis=basis, cache="bibranch",
                                 bits=bits, second=True)
-        rows += study.sweep(f"{label}, 4 bits, no exact tokens", FEW, basis=basis,
-                            cache="bibranch", bits=4, second=True, **NONE_EXACT)
-    for bits in BITS:
-        rows.append(study.row("quantization alone", basis="identity", cache="bibranch", bits=bits,
-                              second=True))
-        rows.append(study.row("quantization alone, no exact tokens", basis="identity",
-                              cache="bibranch", bits=bits, second=True, **NONE_EXACT))
+    rows += [study.row("quantization alone", basis="identity", cache="bibranch", bits=bits,
+                       second=True) for bits in BITS]
     return [row | {"latent_bytes": latent_bytes(row)} for row in rows]
 
 
