@@ -245,7 +245,7 @@ def main():
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():                    # --basis loss needs gradients
             run(args, flags)
     except UserError as e:
         print("evaluate:", " ".join(str(e).split()), file=sys.stderr)

@@ -14,8 +14,9 @@ transformers = pytest.importorskip("transformers")
 
 import lorc                                                        # noqa: E402
 import model                                                       # noqa: E402
-from runtime import testing                                          # noqa: E402
-from runtime import checkpoint                                     # noqa: E402
+from runtime import commuting                                      # noqa: E402
+from runtime.saved_bases import save_bases                         # noqa: E402
+from runtime.testing import RAW, REAL, VARIANTS, close, write_checkpoint           # noqa: E402
 from runtime.text import Tokenizer                                 # noqa: E402
 from transformers_cache import LowRankCache, as_llama              # noqa: E402
 
@@ -38,14 +39,14 @@ def load(folder, dtype=torch.float32):
 @pytest.fixture(scope="module")
 def real():
     """A real checkpoint in both forms, and the token ids of a text."""
-    hf, llama = load(testing.REAL)
-    return hf, llama, torch.tensor([Tokenizer(testing.REAL, llama.config).encode(PROMPT)])
+    hf, llama = load(REAL)
+    return hf, llama, torch.tensor([Tokenizer(REAL, llama.config).encode(PROMPT)])
 
 
 def small_checkpoint(folder, **change):
     """Written with sliding_window null, because transformers gives Mistral a window without it."""
-    raw = testing.RAW | {"max_position_embeddings": 512, "sliding_window": None} | change
-    testing.write_checkpoint(folder, raw)
+    raw = RAW | {"max_position_embeddings": 512, "sliding_window": None} | change
+    write_checkpoint(folder, raw)
     return folder
 
 
@@ -166,18 +167,19 @@ def cut_left(sizes, padding):
 @pytest.mark.parametrize("variant", ["grouped", "multi_head", "wide_heads", "mistral", "linear", "llama3"])
 @pytest.mark.parametrize("kind, options", [("compressed", {}), ("bibranch", {"sinks": 2, "window": 3})])
 def test_logits_are_ours_for_every_kind_of_checkpoint(tmp_path, variant, kind, options):
-    hf, llama = load(small_checkpoint(tmp_path, **testing.VARIANTS[variant]))
+    hf, llama = load(small_checkpoint(tmp_path, **VARIANTS[variant]))
     assert as_llama(hf).config == llama.config
     bases, ids = bases_of(llama, 0.5), torch.arange(40)[None]
     caches = lorc.new_caches(llama, kind, 40, bases, **options)
     cache = LowRankCache(hf, bases, kind, **options)
     for tokens in ids.split([20, 1, 1, 10, 8], 1):
-        assert testing.close(forward(hf, tokens, cache), llama(tokens, caches), scale=5)
+        assert close(forward(hf, tokens, cache), llama(tokens, caches), scale=5)
 
 
 def test_logits_are_ours_in_a_basis_that_commutes(small):
     hf, llama = small
-    bases = lorc.compress(llama, kept=0.5, schedule="uniform", **testing.COMMUTING)[1]
+    bases = lorc.compress(llama, kept=0.5, schedule="uniform", pairs=True,
+                          key_basis=commuting.key_basis)[1]
     cache, caches = LowRankCache(hf, bases), lorc.new_caches(llama, "compressed", 40, bases)
     for tokens in torch.arange(40)[None].split([20, 1, 1, 18], 1):
         assert (forward(hf, tokens, cache) - llama(tokens, caches)).abs().max() < 1e-4
@@ -185,7 +187,7 @@ def test_logits_are_ours_in_a_basis_that_commutes(small):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_window_as_long_as_the_text_gives_the_full_caches_output_bit_for_bit(dtype):
-    hf, llama = load(testing.REAL, dtype)
+    hf, llama = load(REAL, dtype)
     ids, mask = padded([range(5, 25), range(9, 16)])
     cache = LowRankCache(hf, bases_of(llama, 0.4), "bibranch", sinks=2, window=60)
     full = transformers.DynamicCache()
@@ -200,7 +202,7 @@ def test_a_window_as_long_as_the_text_gives_the_full_caches_output_bit_for_bit(d
 
 def test_bfloat16_text_is_generated_and_stays_near_our_own(real):
     """At full rank the logits of both are within 16-bit rounding of the float32 ones."""
-    hf, llama = load(testing.REAL, torch.bfloat16)
+    hf, llama = load(REAL, torch.bfloat16)
     _, exact, ids = real
     want = exact(ids, lorc.new_caches(exact, "full", ids.shape[1]))
     ours = llama(ids, lorc.new_caches(llama, "compressed", ids.shape[1], bases_of(llama, None)))
@@ -303,7 +305,7 @@ def test_rows_that_are_chosen_and_repeated_are_those_of_a_fresh_batch(small):
 
 def test_the_pipeline_takes_it_with_padding_and_with_a_chat_template(real):
     hf, llama, _ = real
-    tokenizer = transformers.AutoTokenizer.from_pretrained(testing.REAL, padding_side="left")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(REAL, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.chat_template = tokenizer.chat_template or "{{ messages[0]['content'] }}"
     pipe = transformers.pipeline("text-generation", model=hf, tokenizer=tokenizer)
@@ -351,52 +353,127 @@ def test_a_layer_that_the_plan_leaves_full_is_kept_full(real):
     assert cache.layers[0].nbytes == caches[0].nbytes
 
 
+# lm-evaluation-harness ---------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def harness(real):
+    """hf(make_cache): lm-eval's own backend with a new cache for each call of the model, and
+    adapter(kind, bases): lm_eval_adapter.py's."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval_adapter import CachedLM
+    hf, llama, _ = real
+
+    class WithCache(HFLM):
+        def _model_call(self, inps, attn_mask=None, labels=None):
+            return self.model(inps, past_key_values=self.make_cache()).logits
+
+        def _model_generate(self, context, max_length, stop, **options):
+            options["past_key_values"] = self.make_cache()
+            return super()._model_generate(context, max_length, stop, **options)
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(REAL)
+
+    def backend(make_cache):
+        lm = WithCache(hf, tokenizer=tokenizer, batch_size=2)
+        lm.make_cache = make_cache
+        return lm
+    text = Tokenizer(REAL, llama.config)
+    return backend, lambda kind, bases, **options: CachedLM(llama, text, kind, bases, **options)
+
+
+def requests(kind, *args):
+    from lm_eval.api.instance import Instance
+    return [Instance(kind, {}, x, i) for i, x in enumerate(args)]
+
+
+QUESTIONS = [("Once upon a time there was a little", " dog"), ("Tom and Mia went to the park. They", " saw a big red ball"),
+             ("One day, a bird", " sang")]
+
+
+def nats(lm):
+    return torch.tensor([p for p, _ in lm.loglikelihood(requests("loglikelihood", *QUESTIONS))])
+
+
+def test_the_harness_scores_and_continues_as_the_adapter_does(real, harness):
+    hf, llama, _ = real
+    bases, (backend, adapter) = bases_of(llama, 0.6), harness
+    lm = backend(lambda: LowRankCache(hf, bases))
+    assert (nats(lm) - nats(adapter("compressed", bases))).abs().max() < 1e-3
+    asked = requests("generate_until", *((x, {"until": ["\n"], "max_gen_toks": 30}) for x, _ in QUESTIONS))
+    options = {"window": 4, "bits": 4}
+    lm = backend(lambda: LowRankCache(hf, bases, "bibranch", **options))
+    assert lm.generate_until(asked) == adapter("bibranch", bases, **options).generate_until(asked)
+
+
+def test_the_harness_scores_a_bibranch_cache_as_the_full_one(real, harness):
+    """Its `hf` backend reads a question and its answer in one forward pass, in which CSKV's rule
+    lets all tokens attend exactly. The adapter scores as in decoding, and is kept for that."""
+    hf, llama, _ = real
+    bases, (backend, adapter) = bases_of(llama, 0.4), harness
+    lm = backend(lambda: LowRankCache(hf, bases, "bibranch", sinks=1, window=2))
+    full = nats(backend(lambda: None))
+    assert (nats(lm) - full).abs().max() < 1e-4
+    assert (nats(adapter("bibranch", bases, sinks=1, window=2)) - full).abs().max() > 0.1
+
+
 # Wrong uses --------------------------------------------------------------------------------------
 
 def test_bases_are_saved_and_found_again_and_another_models_are_refused(real, small, tmp_path):
     hf, llama, ids = real
-    plan, bases = lorc.compress(llama, kept=0.6)
-    checkpoint.save_bases(tmp_path, llama, plan, bases)
+    save_bases(tmp_path, llama, *lorc.compress(llama, kept=0.6))
     saved = generate(hf, ids, 30, LowRankCache.from_bases(hf, tmp_path))
     assert torch.equal(saved, generate(hf, ids, 30, LowRankCache.from_model(hf, kept=0.6)))
-    with pytest.raises(ValueError, match="made for another model"):
+    with pytest.raises(ValueError, match="written for another model"):
         LowRankCache.from_bases(small[0], tmp_path)
     with pytest.raises(ValueError, match="holds no bases.safetensors"):
         LowRankCache.from_bases(hf, tmp_path / "nothing")
 
 
-def test_a_wrong_use_raises_one_clear_error(real, small, tmp_path):
-    hf, llama, ids = real
-    bases = bases_of(llama, 0.6)
+def used(hf, bases, ids):
+    """A cache that holds ids (B, T)."""
+    cache = LowRankCache(hf, bases)
+    forward(hf, ids, cache)
+    return cache
 
-    def refused(words, work):
-        with pytest.raises(ValueError, match=words) as e:
-            work()
-        assert "\n" not in str(e.value)
-    refused("made for another model", lambda: forward(small[0], ids % 61, LowRankCache(hf, bases)))
-    refused("made for another model", lambda: LowRankCache(hf, bases).update(*torch.zeros(2, 1, 1, 1, 2), 0))
-    refused("cache_implementation", lambda: generate(hf, ids, 3, LowRankCache(hf, bases), cache_implementation="static"))
-    refused("[Aa]ssisted|cannot remove", lambda: generate(hf, ids, 3, LowRankCache(hf, bases), prompt_lookup_num_tokens=3))
-    refused("'compressed' or 'bibranch'", lambda: LowRankCache(hf, bases, "full"))
-    refused("belong to kind='bibranch'", lambda: LowRankCache(hf, bases, bits=4))
-    refused("bits is 16 or 4", lambda: LowRankCache(hf, bases, "bibranch", bits=8))
-    refused("sinks and window", lambda: LowRankCache(hf, bases, "bibranch", window=-1))
-    refused("cannot remove", lambda: LowRankCache(hf, bases).crop(-1))
-    refused("for each of the model's", lambda: LowRankCache(hf, bases[1:]))
-    refused("padding on the left", lambda: forward(hf, ids, LowRankCache(hf, bases), attention_mask=(ids > 0) & (ids != ids[0, -1])))
-    refused("attention mask has shape", lambda: forward(hf, ids, LowRankCache(hf, bases), attention_mask=torch.zeros(1, 1, 2, 2)))
-    refused("count up by one", lambda: forward(hf, ids, LowRankCache(hf, bases), position_ids=ids))
-    used = LowRankCache(hf, bases)
-    forward(hf, ids, used)
-    refused("call cache.reset", lambda: forward(hf, ids.expand(2, -1), used))
-    config = transformers.MistralConfig(**testing.RAW | {"sliding_window": 8})
-    refused("sliding window", lambda: LowRankCache.from_model(transformers.MistralForCausalLM(config)))
-    gpt2 = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)
-    refused("'gpt2'", lambda: LowRankCache.from_model(transformers.GPT2LMHeadModel(gpt2)))
+
+@pytest.mark.parametrize("words, use", {
+    "made for another model": lambda hf, bases, ids, small: forward(
+        small, ids % 61, LowRankCache(hf, bases)),
+    "for another model; make one": lambda hf, bases, ids, small: LowRankCache(
+        hf, bases).update(*torch.zeros(2, 1, 1, 1, 2), 0),
+    "cache_implementation": lambda hf, bases, ids, small: generate(
+        hf, ids, 3, LowRankCache(hf, bases), cache_implementation="static"),
+    "[Aa]ssisted|cannot remove": lambda hf, bases, ids, small: generate(
+        hf, ids, 3, LowRankCache(hf, bases), prompt_lookup_num_tokens=3),
+    "cannot remove tokens": lambda hf, bases, ids, small: LowRankCache(hf, bases).crop(-1),
+    "'compressed' or 'bibranch'": lambda hf, bases, ids, small: LowRankCache(hf, bases, "full"),
+    "belong to kind='bibranch'": lambda hf, bases, ids, small: LowRankCache(hf, bases, bits=4),
+    "bits is 16 or 4": lambda hf, bases, ids, small: LowRankCache(hf, bases, "bibranch", bits=8),
+    "0 or more": lambda hf, bases, ids, small: LowRankCache(hf, bases, "bibranch", window=-1),
+    "for each of the model's": lambda hf, bases, ids, small: LowRankCache(hf, bases[1:]),
+    "padding on the left": lambda hf, bases, ids, small: forward(
+        hf, ids, LowRankCache(hf, bases), attention_mask=ids != ids[0, -1]),
+    "attention mask has shape": lambda hf, bases, ids, small: forward(
+        hf, ids, LowRankCache(hf, bases), attention_mask=torch.zeros(1, 1, 2, 2)),
+    "count up by one": lambda hf, bases, ids, small: forward(
+        hf, ids, LowRankCache(hf, bases), position_ids=ids),
+    "call cache.reset": lambda hf, bases, ids, small: forward(
+        hf, ids.expand(2, -1), used(hf, bases, ids)),
+    "sliding_window of 8": lambda hf, bases, ids, small: LowRankCache.from_model(
+        transformers.MistralForCausalLM(transformers.MistralConfig(**RAW | {"sliding_window": 8}))),
+    "'gpt2'": lambda hf, bases, ids, small: LowRankCache(transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)), [None]),
+}.items())
+def test_a_wrong_use_raises_one_clear_error(real, small, words, use):
+    hf, llama, ids = real
+    with pytest.raises(ValueError, match=words) as e:
+        use(hf, bases_of(llama, 0.6), ids, small[0])
+    assert "\n" not in str(e.value)
 
 
 def test_a_model_that_changes_its_dtype_afterwards_is_refused():
-    hf, llama = load(testing.REAL)
+    hf, llama = load(REAL)
     cache = LowRankCache(hf, bases_of(llama, 0.6))
     with pytest.raises(ValueError, match="make the LowRankCache after the model has its dtype"):
         forward(hf.bfloat16(), torch.arange(9)[None], cache)
@@ -405,7 +482,7 @@ def test_a_model_that_changes_its_dtype_afterwards_is_refused():
 def test_a_model_cast_to_16_bits_is_rotated_back_with_the_frequencies_it_has_then():
     """`model.bfloat16()` rounds the frequencies of its rotary embedding as well. At full rank the cached keys must come
     back as they came, to 16-bit rounding."""
-    hf, _ = load(testing.REAL)
+    hf, _ = load(REAL)
     hf = hf.bfloat16()
     cache, full = LowRankCache(hf, bases_of(as_llama(hf), None)), transformers.DynamicCache()
     ids = torch.arange(300)[None] % 61

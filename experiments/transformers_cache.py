@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lorc                                                        # noqa: E402
 import model as llama_model                                        # noqa: E402
 from cache import GROUP, Buffers, Latents, QuantizedLatents        # noqa: E402
-from runtime import checkpoint                                     # noqa: E402
+from runtime.saved_bases import load_bases                         # noqa: E402
 
 ANOTHER_MODEL = "this LowRankCache was made for another model; make one from the model that runs"
 
@@ -378,9 +378,10 @@ class LowRankCache(Cache):
             raise ValueError(f"bits is 16 or 4, not {bits!r}")
         if min(sinks or 0, window or 0) < 0:
             raise ValueError("sinks and window are numbers of tokens, 0 or more")
-        if len(bases) != model.config.num_hidden_layers:
-            raise ValueError(f"bases must hold a pair or None for each of the model's "
-                             f"{model.config.num_hidden_layers} layers, not {len(bases)}")
+        layers = as_llama(model).config.layers
+        if len(bases) != layers:
+            raise ValueError(f"bases must hold a pair or None for each of the model's {layers} "
+                             f"layers, and there are {len(bases)}")
         options = {"sinks": 0, "window": 0, "bits": 16, "exact_prompt": False}
         if kind == "bibranch":
             options = {"sinks": 4 if sinks is None else sinks, "bits": bits or 16,
@@ -396,7 +397,7 @@ class LowRankCache(Cache):
     @classmethod
     def from_bases(cls, model, folder, **options):
         """The cache with the bases that `python lorc.py --save folder` wrote for this model."""
-        _, bases = checkpoint.load_bases(folder, as_llama(model))
+        _, bases = load_bases(folder, as_llama(model))
         return cls(model, bases, **options)
 
     @classmethod

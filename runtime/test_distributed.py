@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import lorc
 import model
 from runtime import cli as command, distributed, jobs
-from runtime.testing import HERE, RAW, cli, write_checkpoint                # noqa: F401
+from runtime.testing import HERE, RAW, write_checkpoint
 
 CACHES = {"full": ("full", {}), "compressed": ("compressed", {}), "bibranch": ("bibranch", {}),
           "4 bits": ("bibranch", {"bits": 4})}
@@ -35,13 +35,14 @@ def run_everything(folder):
     """Run commands that print JSON and save bases to `folder`. Returns the logits by cache."""
     ask, text = ["--prompt", "Once upon a time", "--max-new-tokens", "9"], str(HERE / "LICENSE")
     for words in ([*ask, "--compare", "--temperature", "1", "--window", "3", "--bits", "4"],
-                  [*ask, "--calibrate", text, "--skip", "1", "--save", str(folder)],
+                  [*ask, "--calibrate", text, "--basis", "whitened", "--skip", "1",
+                   "--save", str(folder)],
                   [*ask, "--bases", str(folder)],
                   ["--perplexity", text, "--max-tokens", "300", "--context", "200",
                    "--cache", "bibranch"],
                   ["--plan"]):
         parser = command.command_line()
-        jobs.run(command.settle(parser, parser.parse_args([*words, "--json"])))
+        jobs.run(command.validate_flags(parser, parser.parse_args([*words, "--json"])))
     return {name: logits_step_by_step(kind, **options)
             for name, (kind, options) in CACHES.items()}
 
@@ -61,10 +62,10 @@ def one_of_two(folder):
 
 
 def read_lines(out):
-    """The JSON objects in an output, without their times."""
-    def without_times(found):
-        return {name: x for name, x in found.items() if name != "seconds"}
-    return [json.loads(line, object_hook=without_times) for line in out.splitlines()]
+    """The JSON objects in an output, without the times and the command to try next."""
+    def keep(found):
+        return {name: x for name, x in found.items() if name not in ("seconds", "next")}
+    return [json.loads(line, object_hook=keep) for line in out.splitlines()]
 
 
 def test_two_processes_give_bit_for_bit_what_one_gives(tmp_path, capsys):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import lorc
 import model
 from runtime import commuting, fast
-from runtime.testing import Text, close, finished_job, full, small_model
+from runtime.testing import COMMUTING, Text, close, finished_job, full, small_model
 from runtime.testing import background_jobs, small  # noqa: F401 (fixtures)
 
 
@@ -41,25 +41,22 @@ def test_the_step_of_fixed_shape_is_the_eager_one(seed, sinks, window, T):
             assert close(fast.Static(static, position).attend(q, k, v, text.rope), want)
 
 
-def forty_tokens(llama, kind, compile, **plan):
-    """Tokens that follow a prompt of twelve, with --compile or without. Nothing is compiled twice,
-    except for layers of other ranks."""
+def forty_tokens(llama, kind, compile, prompt=12, **plan):
+    """Tokens that follow a prompt, with --compile or without. Nothing is compiled twice, except for
+    layers of other ranks. The prompt is longer than the six tokens of sinks and window, or not."""
     bases = lorc.compress(llama, **({"kept": 0.7, "schedule": "uniform"} | plan))[1]
     options = {"sinks": 2, "window": 4, "bits": 4} if kind == "bibranch" else {}
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile="schedule" not in plan):
-        caches = lorc.new_caches(llama, kind, 51, bases, **options)
+        caches = lorc.new_caches(llama, kind, prompt + 39, bases, **options)
         step = fast.stepper(llama, caches, compile)
-        steps = lorc.generate(llama, caches, torch.arange(12)[None], 40, step=step)
+        steps = lorc.generate(llama, caches, torch.arange(prompt)[None], 40, step=step)
         return [token.item() for token in steps]
-
-
-COMMUTING = {"key_basis": commuting.key_basis, "pairs": True}
 
 
 @pytest.mark.parametrize("kind, plan", [
     ("full", {}), ("compressed", {}), ("compressed", COMMUTING),
-    ("compressed", {"schedule": "progressive"}), ("bibranch", {})])
+    ("compressed", {"schedule": "progressive"}), ("bibranch", {}), ("bibranch", {"prompt": 3})])
 def test_a_compiled_step_gives_the_same_tokens_and_is_compiled_once(small, kind, plan, monkeypatch):
     """--compile: the same tokens as the eager loop; traced, but not translated to C++."""
     real = torch.compile

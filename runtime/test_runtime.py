@@ -185,7 +185,7 @@ WRONG = [line.split(" -> ") for line in """
 --prompt w1 --bases /nowhere        -> /nowhere holds no bases.safetensors; give the folder
 --prompt w1 --bases {d}/text        -> {d}/text holds no bases.safetensors; give the folder
 --prompt w1 --bases {d}/b_kind      -> {d}/b_kind/bases.safetensors holds no bases
---prompt w1 --bases {d}/b_other     -> was written for another model; make new ones with --save
+--prompt w1 --bases {d}/b_other     -> was made for another model; make new ones with --save
 --prompt w1 --bases {d}/b_plan      -> {d}/b_plan/bases.safetensors holds no bases that can be read; make some with --save
 --prompt w1 --bases x --kept 0.5    -> --bases contains its own plan; leave out --kept
 --prompt w1 --bases x --threshold 0 -> --bases contains its own plan; leave out --threshold
