@@ -41,7 +41,7 @@ RANKED = 20                   # the rank is measured in records of at most so ma
 WINDOWS = (2, 8, 32, 128, 256)
 WINDOW_LINES, WINDOW_KEPT = 20, 0.2
 TOKENS = {"cuda": 2**16, "cpu": 2**12}    # of prompts that are read at a time
-SEQUENCES = 2**11             # numbers that are fed at a time
+SEQUENCES = 2**10             # numbers that are fed at a time
 PICTURED = {("full", None), ("calibrated", 16), ("loss metric", 4), ("quantization alone", 3)}
 LINE = "line {}: REGISTER_CONTENT is <{}>\n"
 
