@@ -77,10 +77,10 @@ def unpack_tile(rows, packed, minimum, scale, pending, row, length, d_k: tl.cons
         tl.store(out, even, mask=there)
         tl.store(out + d_k, odd, mask=there)
         if stop < row + T:                                                  # the last tile
-            there = (stop + late < length)[:, None] & inside
+            new = (stop + late < length)[:, None] & inside
             at = late[:, None] * d_k + channel[None, :]                     # (32, CHANNELS)
-            x = tl.load(pending + at, mask=there, other=0.0)
-            tl.store(rows + (stop - row) * d_k + at, x, mask=there)
+            x = tl.load(pending + at, mask=new, other=0.0)
+            tl.store(rows + (stop - row) * d_k + at, x, mask=new)
 
 
 @triton.jit
@@ -278,14 +278,14 @@ def combine_kernel(latent_sums, exact_sums, sums, maxima, totals, q, cos, sin, p
         tl.store(out, o / l[:, None], mask=mine[:, None])
     for start in range(0, d_v, CHANNELS):
         channel = start + tl.arange(0, CHANNELS)[None, :]
-        there = mine[:, None] & (channel < d_v)
+        inside = mine[:, None] & (channel < d_v)
         total = tl.zeros((Q, CHANNELS), tl.float32)
         for i in range(parts):
             row = first + i * G * R + r
             weight = tl.exp(tl.load(maxima + row, mask=mine, other=float("-inf")) - m) / l
-            total += weight[:, None] * tl.load(sums + row[:, None] * d_v + channel, mask=there,
+            total += weight[:, None] * tl.load(sums + row[:, None] * d_v + channel, mask=inside,
                                                other=0.0)
-        tl.store(latent_sums + head[:, None] * d_v + channel, total, mask=there)
+        tl.store(latent_sums + head[:, None] * d_v + channel, total, mask=inside)
 
 
 # The three kernels together -----------------------------------------------------------------------
@@ -351,7 +351,7 @@ def combine(q, sums, maxima, totals, G, cos, sin, position, exact, sinks, window
     sink_k, sink_v, ring_k, ring_v = exact or [q] * 4
     combine_kernel[(G, B)](
         latent_out, exact_out, sums, maxima, totals, q, cos, sin, position, sink_k, sink_v, ring_k, ring_v, sinks, window, parts,
-        G=G, R=H // G, d=d, d_v=d_v, Q=power(H // G, 16), E=min(64, power(sinks + window, 16)), PARTS=power(parts), CHANNELS=min(128, power(d_v, 16)), EXACT=bool(exact), PRECISION=precision(q), num_warps=4)
+        G=G, R=H // G, d=d, d_v=d_v, Q=power(H // G, 16), E=min(64, power(sinks + window, 16)), PARTS=power(parts), CHANNELS=min(128, power(d_v, 16)), EXACT=bool(exact), PRECISION=precision(q), num_warps=4, num_stages=1)
     return latent_out, exact_out
 
 
