@@ -80,7 +80,7 @@ def as_real(U, j, d):
 def key_basis(layer, d_k, C=None):
     """The commuting basis of one layer's keys, as lorc.make_bases asks for it."""
     attn = layer.attn
-    return commuting_basis(attn.Wk.weight, d_k, attn.heads[1], C, attn.Wq.weight)
+    return commuting_basis(attn.Wk.weight, d_k, attn.d, C, attn.Wq.weight)
 
 
 def theorem_1_commuting(Wk, d_c, d):
