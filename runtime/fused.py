@@ -124,7 +124,8 @@ def score_tile(scores, q, c_tiles, c_row, up, cos, sin, b, block, row, length, S
 def score_kernel(scores, q, c_k, tiles_of_c, up, cos, sin, position, packed, minimum, scale,
                  pending, B, S, first, exact, G: tl.constexpr, R: tl.constexpr, d: tl.constexpr,
                  d_k: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, CHANNELS: tl.constexpr,
-                 Q: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr):
+                 UNPACK: tl.constexpr, Q: tl.constexpr, BITS: tl.constexpr,
+                 PRECISION: tl.constexpr):
     """scores (B, S, H) of q (B, H, d) and of latents c_k (B, S, d_k) or their codes.
 
     A program works on one tile after another. With 4 bits, c_k (programs, T, d_k) is where it
@@ -146,7 +147,7 @@ def score_kernel(scores, q, c_k, tiles_of_c, up, cos, sin, position, packed, min
             codes, group = packed + b.to(tl.int64) * (S // 2) * d_k, b * (S // SIZE) * d_k
             tl.debug_barrier()                       # until all warps have read the last tile
             unpack_tile(rows, codes, minimum + group, scale + group, pending + b * SIZE * d_k,
-                        tile * T, length, d_k, T, CHANNELS)
+                        tile * T, length, d_k, T, UNPACK)
             tl.debug_barrier()                       # until all warps have written this one
             pointers = rows + tl.arange(0, T)[:, None] * d_k
             for block in range(blocks):
@@ -290,73 +291,104 @@ def combine_kernel(latent_sums, exact_sums, sums, maxima, totals, q, cos, sin, p
 
 # The three kernels together -----------------------------------------------------------------------
 
+def supports(up, d, latents) -> bool:
+    """Whether a compiled step can use attend_latents: up (G*d, d_k), heads of size d, and the
+    buffer of latents c_k or of their codes.
+
+    The kernels divide a head into halves and into tiles whose sizes are powers of two. The
+    hardware's loads of tiles need rows of a multiple of 16 bytes.
+    """
+    return (up.dtype in (torch.float16, torch.bfloat16) and d in (32, 64, 128, 256)
+            and up.shape[1] % 8 == 0 and latents.numel() > 0)
+
+
 def power(n, least=1):
     """The smallest power of two that is at least n and at least `least`."""
     return max(least, triton.next_power_of_2(n))
 
 
-def default_options(q):
-    small = q.dtype == torch.float32
-    return {"T": 32 if small else 128, "N": 64 if small else 256, "BC": 32 if small else 64,
-            "warps": 4 if small else 8, "stages": 2 if small else 4, "VT": 32 if small else 64, "VBC": 32 if small else 128,
-            "vwarps": 4, "vstages": 2 if small else 4, "programs": None, "parts": None}
+def processors(x):
+    """Multiprocessors of the device; a few programs in Triton's interpreter."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
 
 
-def processors(q):
-    return torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
+def tile_options(dtype, d):
+    """Tile sizes and launch options of score_kernel and of value_kernel, measured on an H100."""
+    if dtype.itemsize > 2:                             # float32, for tests
+        return ({"T": 32, "HEADS": max(1, 64 // d), "CHANNELS": 32, "UNPACK": 32, "num_warps": 4,
+                 "num_stages": 2, "PRECISION": "ieee"},
+                {"T": 32, "CHANNELS": 32, "num_warps": 4, "STAGES": 2, "PRECISION": "ieee"})
+    return ({"T": 128, "HEADS": max(1, 256 // d), "CHANNELS": 64, "UNPACK": 256, "num_warps": 8,
+             "num_stages": 4, "PRECISION": "tf32"},
+            {"T": 64, "CHANNELS": 128, "num_warps": 4, "STAGES": 4, "PRECISION": "tf32"})
 
 
-def precision(q):
-    return "ieee" if q.dtype == torch.float32 else "tf32"
-
-
-def score(q, keys, up, cos, sin, position, sinks, window, o):
-    (B, H, d), G, d_k, bits = q.shape, up.shape[0] // q.shape[-1], keys[0].shape[-1], 16 if len(keys) == 1 else 4
-    S, R, T, heads = keys[0].shape[1] * (1 if bits == 16 else 2), H // G, o["T"], min(power(G), max(1, o["N"] // d))
-    programs = o["programs"] or processors(q)
+def latent_scores(q, keys, up, cos, sin, position, sinks, window, tiles):
+    """Scores (B, S, H) in float32 of rotated queries q (B, H, d) and all latents of keys."""
+    (B, H, d), (N, d_k), bits = q.shape, up.shape, 16 if len(keys) == 1 else 4
+    G, S, T = N // d, keys[0].shape[1] * (16 // bits if bits == 16 else 2), tiles["T"]
+    tiles = tiles | {"HEADS": min(tiles["HEADS"], power(G))}
+    programs = processors(q)
     scores = q.new_empty(B, S, H, dtype=torch.float32)
-    if bits == 16:
-        c_k = keys[0]
-        packed = minimum = scale = pending = c_k
-    else:
-        c_k = q.new_empty(programs * T, d_k)
-        packed, minimum, scale, pending = keys
-    c_desc = TensorDescriptor(c_k, [c_k.numel() // d_k, d_k], [d_k, 1], [T, o["BC"]])
-    u_desc = TensorDescriptor(up, [up.shape[0], d_k], [up.stride(0), 1], [heads * d, o["BC"]])
+    c_k, codes = (keys[0], keys * 4) if bits == 16 else (q.new_empty(programs * T, d_k), keys)
+    tiles_of_c = TensorDescriptor(c_k, [c_k.numel() // d_k, d_k], [d_k, 1], [T, tiles["CHANNELS"]])
+    tiles_of_up = TensorDescriptor(up, [N, d_k], [up.stride(0), 1],
+                                   [tiles["HEADS"] * d, tiles["CHANNELS"]])
     score_kernel[(programs,)](
-        scores, q, c_k, c_desc, u_desc, cos, sin, position, packed, minimum, scale, pending, B, S, sinks, sinks + window,
-        G=G, R=R, d=d, d_k=d_k, T=T, HEADS=heads, CHANNELS=o["BC"], Q=power(heads * R, 16), BITS=bits,
-        PRECISION=precision(q), num_warps=o["warps"], num_stages=o["stages"])
+        scores, q, c_k, tiles_of_c, tiles_of_up, cos, sin, position, *codes, B, S, sinks,
+        sinks + window, G=G, R=H // G, d=d, d_k=d_k, Q=power(tiles["HEADS"] * (H // G), 16),
+        BITS=bits, **tiles)
     return scores
 
 
-def sum_values(q, scores, values, position, sinks, window, o):
-    (B, H, d), d_v, bits, S = q.shape, values[0].shape[-1], 16 if len(values) == 1 else 4, scores.shape[1]
-    packed, minimum, scale, pending = values if bits == 4 else values * 4
-    channels = min(o["VBC"], power(d_v, 16))
-    blocks = triton.cdiv(d_v, channels)
-    parts = o["parts"] or max(1, min(2 * processors(q) // (B * blocks), triton.cdiv(S, 2 * o["VT"])))
+def sum_latents(q, scores, values, position, exact, tiles):
+    """sums (B, parts, H, d_v), maxima and totals (B, parts, H) of value_kernel."""
+    (B, S, H), d_v = scores.shape, values[0].shape[-1]
+    channels = min(tiles["CHANNELS"], power(d_v, 16))
+    blocks, bits = triton.cdiv(d_v, channels), 16 if len(values) == 1 else 4
+    parts = max(1, min(2 * processors(q) // (B * blocks), S // (4 * tiles["T"])))
     sums = q.new_empty(B, parts, H, d_v, dtype=torch.float32)
     maxima, totals = q.new_empty(2, B, parts, H, dtype=torch.float32)
+    codes = values * 4 if bits == 16 else values
     value_kernel[(blocks, parts, B)](
-        sums, maxima, totals, scores, values[0], position, packed, minimum, scale, pending, S, sinks + window,
-        H=H, d_v=d_v, T=o["VT"], Q=power(H, 16), CHANNELS=channels, BITS=bits, PRECISION=precision(q), STAGES=o["vstages"],
-        num_warps=o["vwarps"])
+        sums, maxima, totals, scores, values[0], position, *codes, S, exact, H=H, d_v=d_v,
+        Q=power(H, 16), BITS=bits, **tiles | {"CHANNELS": channels})
     return sums, maxima, totals
 
 
 def combine(q, sums, maxima, totals, G, cos, sin, position, exact, sinks, window):
+    """Normalized sums of latents (B, H, d_v) and of exact values (B, H, d), or (B, H, 0)."""
     (B, H, d), parts, d_v = q.shape, sums.shape[1], sums.shape[-1]
-    latent_out, exact_out = q.new_empty(B, H, d_v), q.new_empty(B, H, d if exact else 0)
-    sink_k, sink_v, ring_k, ring_v = exact or [q] * 4
+    latent_sums, exact_sums = q.new_empty(B, H, d_v), q.new_empty(B, H, d if exact else 0)
     combine_kernel[(G, B)](
-        latent_out, exact_out, sums, maxima, totals, q, cos, sin, position, sink_k, sink_v, ring_k, ring_v, sinks, window, parts,
-        G=G, R=H // G, d=d, d_v=d_v, Q=power(H // G, 16), E=min(64, power(sinks + window, 16)), PARTS=power(parts), CHANNELS=min(128, power(d_v, 16)), EXACT=bool(exact), PRECISION=precision(q), num_warps=4, num_stages=1)
-    return latent_out, exact_out
+        latent_sums, exact_sums, sums, maxima, totals, q, cos, sin, position, *(exact or [q] * 4),
+        sinks, window, parts, G=G, R=H // G, d=d, d_v=d_v, Q=power(H // G, 16),
+        E=min(64, power(sinks + window, 16)), PARTS=power(parts),
+        CHANNELS=min(128, power(d_v, 16)), EXACT=bool(exact),
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_stages=1)
+    return latent_sums, exact_sums
 
 
-def attend(q, keys, values, up, cos, sin, position, exact, sinks=0, window=0, **options):
-    o = default_options(q) | options
-    scores = score(q, keys, up, cos, sin, position, sinks, window, o)
-    sums, maxima, totals = sum_values(q, scores, values, position, sinks, window, o)
-    return combine(q, sums, maxima, totals, up.shape[0] // q.shape[-1], cos, sin, position, exact, sinks, window)
+@torch.library.custom_op("lorc::attend_latents", mutates_args=())
+def attend_latents(q: torch.Tensor, keys: list[torch.Tensor], values: list[torch.Tensor],
+                   up: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, position: torch.Tensor,
+                   exact: list[torch.Tensor], sinks: int, window: int) -> tuple[torch.Tensor,
+                                                                               torch.Tensor]:
+    """Attention of rotated queries q (B, H, d) of the token at `position`, which is stored already.
+
+    keys and values are the buffers of one store each: [c] of (B, S, d_c), or [packed, minimum,
+    scale, pending] of QuantizedLatents. up (G*d, d_k) rebuilds keys. cos and sin are Rope's tables.
+    exact is empty, or [sink_k, sink_v, ring_k, ring_v] of a BiBranchCache that is full.
+    Returns normalized sums of value latents (B, H, d_v) and of exact values (B, H, d or 0).
+    """
+    q = q.contiguous()
+    score_tiles, value_tiles = tile_options(q.dtype, q.shape[-1])
+    scores = latent_scores(q, keys, up, cos, sin, position, sinks, window, score_tiles)
+    parts = sum_latents(q, scores, values, position, sinks + window, value_tiles)
+    return combine(q, *parts, up.shape[0] // q.shape[-1], cos, sin, position, exact, sinks, window)
+
+
+@attend_latents.register_fake
+def _(q, keys, values, up, cos, sin, position, exact, sinks, window):
+    B, H, d = q.shape
+    return q.new_empty(B, H, values[0].shape[-1]), q.new_empty(B, H, d if exact else 0)
