@@ -19,6 +19,7 @@ from cache import Basis
 from lorc import Plan, log_kappa_tilde
 from model import HF_CONFIG, ROPE_NUMBERS, UserError, hf_name, read_config
 from runtime import many
+from runtime.commuting import CommutingBasis
 
 HUB_FILES = ["config.json", "generation_config.json", "model*.safetensors",
              "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
@@ -232,18 +233,24 @@ def fingerprint(llama):
     return repr(llama.config), torch.stack(many.gather([row.float().cpu() for row in rows]))
 
 
+def parts(b):
+    """The tensors of a basis on the CPU, under their names in the file."""
+    tensors = {"down": b.down.cpu(), "up": b.up.cpu()}
+    if isinstance(b, CommutingBasis):
+        tensors["turns"] = b.components.cpu()
+    return tensors
+
+
 def save_bases(folder, llama, plan, bases):
     """Write bases and plan to folder/bases.safetensors: whole or not at all. Raises UserError."""
     shape, numbers = fingerprint(llama)
 
-    def on_cpu(b):
-        return Basis(*(x if x is None else x.cpu() for x in b))
-    bases = many.gather([pair and tuple(map(on_cpu, pair)) for pair in bases])
+    bases = many.gather([pair and tuple(parts(b) for b in pair) for pair in bases])
     if many.place()[0] > 0:
         return
     tensors = {f"layers.{i}.{kind}.{part}": x.clone(memory_format=torch.contiguous_format)
                for i, pair in enumerate(bases) if pair
-               for kind, b in zip("kv", pair) for part, x in b._asdict().items() if x is not None}
+               for kind, b in zip("kv", pair) for part, x in b.items()}
     about = {"model": shape,
              "plan": json.dumps({"log_kappa": plan.log_kappa, "ranks": plan.ranks})}
     path = Path(folder) / "bases.safetensors"
@@ -263,10 +270,10 @@ def save_bases(folder, llama, plan, bases):
 def fits(b, d_c, config):
     """Whether a basis has d_c columns for this model and numbers that can be computed with."""
     whole = b.down.shape == b.up.T.shape == (d_c, config.kv_width)
-    if b.turns is not None:
-        first, half = b.turns[:d_c // 2], config.head_dim // 2
-        whole &= b.turns.dtype == torch.int64
-        whole &= torch.equal(b.turns, torch.cat((first, first + half)))
+    if isinstance(b, CommutingBasis):
+        first, half = b.components[:d_c // 2], config.head_dim // 2
+        whole &= b.components.dtype == torch.int64
+        whole &= torch.equal(b.components, torch.cat((first, first + half)))
         whole &= bool(((first >= 0) & (first < half)).all())
     return whole and (b.down @ b.up).isfinite().all()
 
@@ -292,9 +299,10 @@ def load_bases(folder, llama):
         like = llama.norm.weight
 
         def read(name):
-            down, up, turns = (tensors.get(f"{name}.{part}") for part in Basis._fields)
-            turns = turns if turns is None else turns.to(like.device)
-            return Basis(down.to(like), up.to(like), turns)
+            down, up, turns = (tensors.get(f"{name}.{part}") for part in ("down", "up", "turns"))
+            if turns is None:
+                return Basis(down.to(like), up.to(like))
+            return CommutingBasis(down.to(like), up.to(like), turns.to(like.device))
         bases = [None if pair == (d_max, d_max) else
                  tuple(read(f"layers.{i}.{kind}") for kind in "kv")
                  for i, pair in list(enumerate(ranks))[own]]
@@ -306,4 +314,4 @@ def load_bases(folder, llama):
     except Exception:                               # anything at all can be wrong with a file
         raise UserError(f"{path} holds no bases that can be read; make some with --save"
                               ) from None
-    return Plan(kappa, log_kappa_tilde([k + v for k, v in kappa]), ranks, d_max), bases
+    return Plan(kappa, log_kappa_tilde(kappa), ranks, d_max), bases

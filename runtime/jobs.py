@@ -14,7 +14,9 @@ import lorc
 import model
 from model import UserError
 from runtime import checkpoint, fast, many
+from runtime.commuting import key_basis
 from runtime.report import report
+from runtime.scoring import negative_log_likelihood
 from runtime.text import Stream, Tokenizer
 
 
@@ -55,7 +57,7 @@ def measuring(llama, bases):
             squares = torch.stack([x.double().square().sum() for x in (err, k)])
             sums[layer, "kv".index(which)] += squares.cpu()
     errors = []
-    with lorc.listening(llama, add):
+    with lorc.observe_projections(llama, add):
         yield errors
     finite(sums, llama.norm.weight.dtype)
     errors += (sums[..., 0] / sums[..., 1].clamp(min=1e-30)).sqrt().tolist()
@@ -143,18 +145,18 @@ def choose_bases(args, llama, tokenizer):
         tokens = torch.tensor(tokens, device=llama.norm.weight.device)
         moments = lorc.calibrated_moments(llama, tokens, args.basis, args.sinks, context)
         moments = [finite(C, llama.norm.weight.dtype) for C in moments]
-    commuting = args.basis == "commuting"
+    commuting = key_basis if args.basis == "commuting" else None
     plan = lorc.make_plan(many.gather(lorc.log_kappas(llama)), d_max, args.kept, args.d_min,
-                          args.threshold, args.schedule, args.skip, args.split, commuting)
+                          args.threshold, args.schedule, args.skip, args.split, bool(commuting))
     own = many.share(llama.config.layers)
-    return plan, lorc.make_bases(llama, plan.ranks[own], moments, commuting)
+    return plan, lorc.make_bases(llama, plan.ranks[own], moments, key_basis=commuting)
 
 
 def held(llama, caches, kind, plan):
     """Bytes of the buffers held, of a full cache for as many tokens, and the plan's fraction."""
     peak = [torch.cuda.max_memory_allocated()] if llama.norm.weight.is_cuda else []
     return {"kind": kind, "bytes": sum(many.gather([c.nbytes for c in caches])),
-            "full_bytes": lorc.full_bytes(llama, caches[0].capacity),
+            "full_bytes": lorc.full_cache_bytes(llama, caches[0].capacity),
             "dtype": str(llama.norm.weight.dtype)[6:],
             "kept": 1.0 if kind == "full" else plan.kept} | (
                 {"memory": many.gather(peak)} if peak else {})
@@ -175,12 +177,12 @@ def speak(args, llama, tokenizer, ids, caches, bases, write):
                           args.seed, checked_step(llama, caches, args.compile))
     try:
         with measuring(llama, bases) as errors:
-            tokens.append(next(steps))                                     # prefill
+            tokens.append(next(steps).item())                                     # prefill
         marks.append(time.perf_counter())
         while tokens[-1] not in tokenizer.ends:
             out.append(stream.step(tokens[-1]))
             write(out[-1])
-            tokens.append(next(steps))
+            tokens.append(next(steps).item())
     except StopIteration:
         status = "context" if n < args.max_new_tokens else "ok"
     except KeyboardInterrupt:
@@ -196,7 +198,7 @@ def score(args, llama, tokens, make_caches, bases):
     """Perplexity of a text under one cache."""
     start = time.perf_counter()
     with measuring(llama, bases) as errors:
-        nats, count = lorc.negative_log_likelihood(llama, tokens, args.context, make_caches)
+        nats, count = negative_log_likelihood(llama, tokens, args.context, make_caches)
         finite(torch.tensor(nats), llama.norm.weight.dtype)
     return {"perplexity": math.exp(min(nats / count, 700.0)), "tokens": count, "errors": errors,
             "status": "ok", "prefill": time.perf_counter() - start, "decode": 0.0}
@@ -212,7 +214,8 @@ def run_one(args, llama, tokenizer, kind, job, plan, bases, write):
         job = torch.tensor(job, device=llama.norm.weight.device)
 
         def make(capacity):
-            return lorc.new_caches(llama, kind, capacity, bases, strict=True, **options)
+            return lorc.new_caches(llama, kind, capacity, bases, simulate_decoding=True,
+                                   **options)
         result = score(args, llama, job, make, bases)
         caches = make(min(args.context, len(job)))                # only counted
     else:

@@ -426,7 +426,7 @@ def test_json_reports_the_bytes_of_the_tensors_held(capsys, real):
 def test_the_reported_error_is_that_of_the_keys_of_the_prompt(real):
     """||k - U U^T k|| / ||k|| of layer 0, whose input no compression has touched yet."""
     llama, _, tokens = real
-    bases = lorc.lorc(llama, kept=0.5, schedule="uniform")[1]
+    bases = lorc.compress(llama, kept=0.5, schedule="uniform")[1]
     with running.measuring(llama, bases) as errors:
         llama.hidden(tokens, lorc.new_caches(llama, "compressed", tokens.shape[1], bases))
     layer = llama.layers[0]
@@ -525,7 +525,7 @@ def test_two_processes_say_what_one_says_bit_for_bit(tmp_path, capsys):
     assert all(torch.equal(got[name], want[name]) for name in want) and len(want) == 4
     saved = [load_file(folder / "bases.safetensors") for folder in (one, two)]
     assert saved[0].keys() == saved[1].keys() and all(torch.equal(x, saved[1][name]) for name, x in saved[0].items())
-    assert err.count("lorc: ") == 1 and "lorc: --kept 0.05 cannot" in err and started.returncode == 1
+    assert err.count("lorc: ") == 1 and "lorc: kept 0.05 cannot" in err and started.returncode == 1
 
 
 # The documents ------------------------------------------------------------------------- by hand ---
@@ -572,7 +572,7 @@ WRONG = [line.split(" -> ") for line in """
 --prompt w1 --kept 1.5  -> --kept: should be a fraction
 --prompt w1 --kept nan  -> --kept: should be a fraction
 --prompt w1 --kept half -> --kept: should be a fraction in (0, 1], not 'half'
---prompt w1 --kept 0.05 -> --kept 0.05 cannot be reached
+--prompt w1 --kept 0.05 -> kept 0.05 cannot be reached
 --prompt w1 --kept 0.5 --d-min 3    -> --d-min: not allowed with argument --kept
 --prompt w1 --d-min 0   -> --d-min: should be a positive count up to 10^9
 --prompt w1 --d-min 2.5 -> --d-min: should be a positive count up to 10^9
