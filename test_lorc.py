@@ -1126,19 +1126,3 @@ def test_the_loss_falls_from_svd_to_asvd_to_fine_tuned_to_the_closed_form(real):
     tuned = loss(A.detach(), B.detach())
     assert svd > asvd > tuned >= best * (1 - 1e-9) and tuned <= 1.05 * best
     assert math.isclose(best, lorc.spectrum(W, C)[0][d_c:].sum(), rel_tol=1e-6)
-
-
-# README -------------------------------------------------------------------------------------------
-
-def test_every_row_of_readmes_table_names_code_that_cites_the_equation():
-    """From the equation to the line: the name exists, and its source says `Eq. n`."""
-    import inspect
-    modules = {"cache": cache, "model": model, "lorc": lorc, "theory": theory}
-    rows = re.findall(r"^\| ((?:Eqs?\.|Algorithm|App\.|Thm\.) [^|]+?) \| `([\w.]+)` \|$", (HERE / "README.md").read_text(), re.M)
-    assert len(rows) >= 17
-    for paper, name in rows:
-        found = modules[name.split(".")[0]]
-        for part in name.split(".")[1:]:
-            found = getattr(found, part)
-        source = " ".join(inspect.getsource(found).split())
-        assert paper in source, (paper, name)

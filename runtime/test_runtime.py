@@ -530,11 +530,6 @@ def test_two_processes_say_what_one_says_bit_for_bit(tmp_path, capsys):
 
 # The documents ------------------------------------------------------------------------- by hand ---
 
-def test_readme_and_parser_know_the_same_flags():
-    listed = set(re.findall(r"`(--[\w-]+)`", (HERE / "README.md").read_text().split("## The command line")[1]))
-    assert listed - {"--help"} == {o for a in command.command_line()._actions for o in a.option_strings} - {"-h", "--help"}
-
-
 def test_help_answers_before_torch_is_imported():
     program = "import sys, runpy; sys.argv = ['lorc.py', '--help']\ntry: runpy.run_path('lorc.py', run_name='__main__')\n" \
               "except SystemExit as e: assert e.code == 0 and 'torch' not in sys.modules"
