@@ -16,8 +16,6 @@ In a low-rank part a key k and a value v are stored as latents c_k and c_v, of d
 
     k --- down ---> [ c_k ] --- up ---> k~ --- rope ---> q . k~ --- softmax ---> p
     v --- down ---> [ c_v ] ------------------- sum of p c_v, for each head ------ up ---> output
-
-Not included: token eviction, paging, and batches of sequences with different lengths.
 """
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -35,8 +33,7 @@ REBUILT_BYTES = {"cpu": 2**22, "cuda": 2**26}    # of keys that are rebuilt at a
 def attention(q, k, v, mask=None):
     """Causal attention, Eq. 1: q (B, T, H, d), k and v (B, S, G, d) -> (B, T, H, d).
 
-    mask (T, S) is true where a query may see a key. Without a mask, the T queries belong to the
-    last T of the S tokens.
+    mask (T, S) is true where a query may see a key. Without it, the queries are the last T tokens.
     """
     T, S, G = q.shape[1], k.shape[1], k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -108,9 +105,8 @@ class Basis:
     def scores(self, q, c, rope, positions):
         """Rotated queries q (B, T, H, d) and stored latents (B, S, d_c) -> scores (B, T, H, S).
 
-        App. C folds U into q. This fails: the rotation stands between U and the cached key and
-        depends on the key's position [E4]. Keys are therefore rebuilt, then rotated.
-        """
+        App. C folds U into q instead, which is wrong: the rotation stands between U and the cached
+        key, and it depends on the key's position [E4]."""
         return scores(q, self.rotated_keys(c, rope, positions, q.shape[-1]))
 
 
@@ -174,9 +170,7 @@ class LowRank(NamedTuple):
 def attend(q, parts):
     """Attention of rotated queries q (B, T, H, d) over all parts, with one softmax: Eq. 1.
 
-    One query reads latents as in Eq. 9. For several queries, whose own tokens are last in the
-    parts, all keys and values are rebuilt once.
-    """
+    Several queries, whose own tokens are the last ones, share keys and values rebuilt once."""
     d = q.shape[-1]
     if q.shape[1] > 1:
         keys, values = zip(*(part.materialize(d) for part in parts))
@@ -225,10 +219,8 @@ def affine_codes(c, bits=4):
 
 
 def quantize(c):
-    """4-bit codes of latents c (B, 32*j, d_c), packed (B, 16*j, d_c) in uint8, minimum and scale.
-
-    Byte i of a channel holds token 2i in its low half and token 2i + 1 in its high half.
-    """
+    """Latents c (B, 32*j, d_c) as 4-bit codes, two tokens to a byte: packed (B, 16*j, d_c), uint8,
+    minimum and scale (B, j, 1, d_c). The first of two tokens is in the low half of the byte."""
     codes, minimum, scale = affine_codes(c)
     codes = codes.flatten(1, 2).to(torch.uint8)
     return codes[:, ::2] | codes[:, 1::2] << 4, minimum, scale
@@ -355,8 +347,7 @@ class BiBranchCache(Cache):
         self.sink_k, self.sink_v = K.down.new_zeros(2, B, min(sinks, capacity), G, d)
         self.ring_k, self.ring_v = K.down.new_zeros(2, B, min(window, after_sinks), G, d)
         between = max(0, after_sinks - window)
-        if bits == 16:
-            between = -(-between // 8) * 8                       # GPUs prefer multiples of 8
+        between += -between % 8 if bits == 16 else 0             # GPUs prefer multiples of 8
         store = Latents if bits == 16 else QuantizedLatents
         self.c_k, self.c_v = (store(B, between, basis.d_c, basis.down) for basis in (K, V))
 
@@ -415,8 +406,7 @@ class BiBranchCache(Cache):
         """Attention of a whole text, each query reading what it would read in decoding.
 
         Exact keys and those rebuilt from latents and from rounded latents stand side by side. A
-        mask lets each query see each token once, in the form in which it is stored at that step.
-        """
+        mask lets a query see each token once, in the form in which it is stored at that step."""
         T = q.shape[1]
         rest = slice(min(self.sinks, T), T)
         c_k, c_v = self.K.cached_latents(k[:, rest], rope, rest), self.V.project(v[:, rest])

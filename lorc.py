@@ -108,8 +108,7 @@ def log_kappas(llama):
 def log_kappa_tilde(log_kappas):
     """ln kappa~_l = sum over layers l..L of ln kappa(Wk) + ln kappa(Wv): Eq. 12.
 
-    log_kappas: the pair of each layer. The product would overflow, its logarithm does not [E7].
-    """
+    log_kappas: the pair of each layer. The product would overflow, its logarithm does not [E7]."""
     per_layer = [k + v for k, v in log_kappas]
     return [sum(per_layer[layer:]) for layer in range(len(per_layer))]
 
@@ -144,7 +143,7 @@ def round_ranks(d_c, full, d_max, split=0.0, pairs=False):
 
 
 def rank_multiple(d_max):
-    """Ranks of wide models are multiples of 8, for which GPUs multiply matrices fastest."""
+    """8 for wide models, because GPUs multiply matrices of such sizes fastest; otherwise 1."""
     return 8 if d_max >= 1024 and d_max % 8 == 0 else 1
 
 
@@ -229,14 +228,12 @@ def make_bases(llama, ranks, moments=None, metrics=None, key_basis=None):
         raise ValueError("moments must be finite")
     for layer, (d_k, d_v), C, (M_k, M_v) in zip(llama.layers, ranks, moments or [None] * L,
                                                 metrics or [(None, None)] * L, strict=True):
+        Wk, Wv = layer.attn.Wk.weight, layer.attn.Wv.weight
         if d_k == d_v == llama.config.kv_width:
             bases.append(None)
             continue
-        if key_basis is None:
-            K = basis(layer.attn.Wk.weight, d_k, C, M_k)                           # lines 13, 14
-        else:
-            K = key_basis(layer, d_k, C)
-        bases.append((K, basis(layer.attn.Wv.weight, d_v, C, M_v)))                # lines 16-18
+        K = key_basis(layer, d_k, C) if key_basis else basis(Wk, d_k, C, M_k)      # lines 13, 14
+        bases.append((K, basis(Wv, d_v, C, M_v)))                                  # lines 16-18
     return bases
 
 

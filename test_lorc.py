@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 
 import cache
 import lorc
-from runtime import cli as command, commuting as commuting_keys, fast, jobs as running, many
+from runtime import cli as command, bounds, commuting as commuting_keys, fast, jobs as running, many
 from runtime.text import Stream, Tokenizer
 import model
 import theory
@@ -912,7 +912,7 @@ def test_the_attention_bound_is_attained():
 def test_every_bound_holds_on_the_real_models_own_activations(real, kept):
     """The table of theory.py: Thm. 1, the mean's equality, the attention bound, on each layer of the checkpoint."""
     llama, tokenizer, tokens = real
-    rows = list(theory.table(llama, theory.own_text(llama, tokens[0].tolist(), 200), max(kept, lowest_kept(llama))))
+    rows = list(theory.table(llama, bounds.own_text(llama, tokens[0].tolist(), 200), max(kept, lowest_kept(llama))))
     for _, _, k, v, mean, worst, median, *fig4 in rows:
         assert 0 < k <= TIGHT and 0 < v <= TIGHT and 0 < median <= worst <= TIGHT and all(0 <= e < 1 for e in fig4)
         assert math.isnan(mean) or math.isclose(mean, 1, rel_tol=1e-6)
@@ -1103,7 +1103,7 @@ def test_the_published_zero_point_destroys_a_group_away_from_zero():
 def test_the_loss_falls_from_svd_to_asvd_to_fine_tuned_to_the_closed_form(real):
     """E||k - k~||^2 on the same text: plain SVD >= ASVD >= CSKV's fine-tuning from there >= E[xx^T] [E30]."""
     llama, tokenizer, _ = real
-    text = theory.own_text(llama, tokenizer.encode("Once"), 400)[0]
+    text = bounds.own_text(llama, tokenizer.encode("Once"), 400)[0]
     W = llama.layers[1].attn.Wv.weight.double()
     C, s = (lorc.calibrated_moments(llama, text, kind, 4, 128)[1] for kind in ("whitened", "asvd"))
     d_c = len(W) // 3

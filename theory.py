@@ -101,7 +101,7 @@ def theorem_3_a_priori(Ws, ks, L_phi, x):
             for i, (W, k) in enumerate(zip(Ws, ks))]
 
 
-# In expectation ----------------------------------------------------------------------------------
+# The optimum in a metric: which map loses the least in expectation -------------------------------
 
 def expected_error(W, k, C=None, M=None):
     """The least E (Wx - Ax)^T M (Wx - Ax) over all matrices A of rank k, where E[x x^T] = C.
@@ -170,18 +170,6 @@ def layer_inputs(llama, tokens):
     return xs
 
 
-def own_text(llama, prompt, length=512):
-    """Tokens (1, T): the prompt and a continuation sampled at temperature 1 with seed 0."""
-    n = min(length, llama.config.context) - len(prompt)
-    if not prompt or n < 1:
-        most = n + len(prompt) - 1
-        raise model.UserError(f"the prompt has {len(prompt)} tokens; give 1 to {most}")
-    start = torch.tensor([prompt])
-    caches = lorc.new_caches(llama, "full", len(prompt) + n)
-    new = lorc.generate(llama, caches, start, n, temperature=1.0)
-    return torch.cat((start, torch.stack(list(new), 1)), 1)
-
-
 def attention_error_and_bound(llama, attn, x, pair):
     """||o - o~|| and its bound for every query and head of one layer, each (T, H)."""
     H, G, d, T = llama.config.heads, llama.config.kv_heads, llama.config.head_dim, len(x)
@@ -243,50 +231,6 @@ def square_net(llama):
     return [layer.attn.Wk.weight.double()[:m, :m] for layer in llama.layers]
 
 
-def main(argv=None):
-    from runtime import cli
-    p = cli.Parser(
-        prog="theory.py", allow_abbrev=False,
-        description="Compare the bounds with the errors measured on a checkpoint's activations.")
-    p.add_argument("--model", default=str(model.Path(__file__).resolve().parent / "tiny"))
-    fraction = cli.within(float, 0.01, 0.99, "fraction in [0.01, 0.99]")
-    p.add_argument("--kept", type=fraction, default=0.6)
-    p.add_argument("--prompt", default="Once upon a time",
-                   help="Start of the text that the model generates and that is measured.")
-    args = p.parse_args(argv)
-    return cli.answer("theory", lambda: run(args))
-
-
-def run(args):
-    """Print the table of layers, and Thm. 3 on the checkpoint's matrices. Returns the status."""
-    from runtime import checkpoint, text
-    folder = checkpoint.find_model(args.model)
-    checkpoint.check(folder)
-    llama = model.load(folder, torch.float32)
-    tokens = own_text(llama, text.Tokenizer(folder, llama.config).encode(args.prompt))
-    print("measured / bound           Thm. 1        in the mean  attention        Eq. 19")
-    print("layer  d_c    worst K  worst V        V (equal)   worst  median    K      V")
-    for i, d_c, k, v, mean, worst, median, fk, fv in table(llama, tokens, args.kept):
-        print(f"{i:5d} {d_c:4d}   {k:8.3f} {v:8.3f} {mean:16.6f} "
-              f"{worst:7.3f} {median:7.4f}  {fk:5.3f}  {fv:5.3f}")
-    print_network(square_net(llama), args.kept)
-    return 0
-
-
-def print_network(Ws, kept):
-    """Print Thm. 3 (printed, corrected, a priori) for the matrices Ws and two input norms."""
-    ks = [min(len(W) - 1, max(1, round(kept * len(W)))) for W in Ws]
-    phi, L_phi = PHI["silu"]
-    direction = torch.linalg.svd(Ws[0])[2][ks[0]]
-    for scale in (1.0, 1e6):
-        x = scale * direction
-        x_tilde = forward([compressed(W, k) for W, k in zip(Ws, ks)], x, phi)
-        error = norm(forward(Ws, x, phi)[-1] - x_tilde[-1])
-        print(f"Thm. 3 on {len(Ws)} real blocks, phi = SiLU, ||x|| = {scale:g}: error {error:.3g}; "
-              f"printed {sum(theorem_3_printed(Ws, ks, L_phi)):.3g}, "
-              f"corrected {sum(theorem_3(Ws, ks, L_phi, x_tilde)):.3g}, "
-              f"a priori {sum(theorem_3_a_priori(Ws, ks, L_phi, x)):.3g}")
-
-
 if __name__ == "__main__":
+    from runtime.bounds import main
     sys.exit(main())

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 import cache
 import lorc
-from runtime import cli as command, fast, jobs as running, many
+from runtime import bounds, cli as command, fast, jobs as running, many
 from runtime.text import Stream, Tokenizer
 import model
 import theory
@@ -762,7 +762,7 @@ def test_a_dtype_that_the_device_lacks_ends_with_one_line(capsys, monkeypatch):
     (["--prompt", "bird " * 600], "tokens; give 1 to 511"), (["--mod", "x"], "unrecognized arguments")])
 def test_theory_answers_a_wrong_command_in_its_own_name(args, word, capsys):
     try:
-        status = theory.main(args)
+        status = bounds.main(args)
     except SystemExit as e:
         status = e.code
     out, err = capsys.readouterr()
