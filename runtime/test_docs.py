@@ -45,7 +45,8 @@ EVERY_COMMAND = [(document, words) for document in DOCUMENTS for words in comman
 def test_the_script_and_the_flags_of_every_command_exist(document, words):
     """A flag is looked up in the source of the script and of the modules that define flags for it."""
     at = script(words)
-    sources = [ROOT / words[at], ROOT / "runtime" / "cli.py", ROOT / "experiments" / "study.py"]
+    sources = [ROOT / words[at], *(ROOT / "runtime" / name for name in ("cli.py", "bounds.py")),
+               ROOT / "experiments" / "study.py"]
     known = set(re.findall(r'"(--[\w-]+)"', "".join(path.read_text() for path in sources)))
     flags = {word.split("=")[0] for word in words[at + 1:] if word.startswith("--")}
     assert flags <= known, f"{document}: {flags - known} of {words[at]}"
@@ -84,17 +85,19 @@ def test_every_python_snippet_runs(block, monkeypatch):
     exec(compile(block, "README.md", "exec"), {})
 
 
-def test_the_output_in_readme_is_that_of_its_first_command(monkeypatch, capsys):
-    """Word by word, with every number replaced by 0: times differ, and text may on other CPUs."""
-    command, = [words for words in commands("README.md") if words[:2] == ["lorc.py", "--prompt"]][:1]
-    shown = INDENTED.findall(read("README.md").split("## The problem")[0])
+@pytest.mark.parametrize("document, main, argv, stream", [
+    ("README.md", cli.main, ["--prompt", "Once upon a time"], "err"),
+    ("experiments/README.md", bounds.main, [], "out")])
+def test_a_document_shows_what_a_command_prints(document, main, argv, stream, monkeypatch, capsys):
+    """Line by line, with every number replaced by 0, because numbers depend on the machine."""
+    def lines(text):
+        return [" ".join(re.sub(r"[\d.,]+(e[+-]\d+)?", "0", line).split())
+                for line in text.splitlines()]
     monkeypatch.chdir(ROOT)
-    assert cli.main(command[1:]) == 0
-
-    def words(lines):
-        return re.sub(r"[\d.,]+", "0", " ".join(lines)).split()
-    err = capsys.readouterr().err.splitlines()
-    assert words(err) == words(shown)[-len(words(err)):]
+    assert main(argv) == 0
+    printed = lines(getattr(capsys.readouterr(), stream))
+    shown = lines("\n".join(INDENTED.findall(read(document))))
+    assert printed and set(printed) <= set(shown)
 
 
 # Names ---------------------------------------------------------------------------------------------
