@@ -58,7 +58,7 @@ def plan_rows(plan, errors):
 
 
 def as_json(args, runs, seconds):
-    """What was run, as README lists it. Prompts give a list of texts; --compare three objects."""
+    """What was run, as runtime/README.md describes it. Prompts give a list of texts; --compare three objects."""
     def one(results):
         texts = [r["text"] for r in results if "text" in r]
         return ({"cache": max((r["cache"] for r in results), key=lambda c: c["full_bytes"])}
