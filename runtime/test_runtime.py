@@ -89,14 +89,6 @@ def test_a_text_with_carriage_returns_is_the_text_without(tmp_path):
 
 # The documents -----------------------------------------------------------------------------------
 
-def test_readme_and_parser_know_the_same_flags():
-    text = (HERE / "README.md").read_text().split("## The command line")[1]
-    options = {option for action in command.command_line()._actions
-               for option in action.option_strings}
-    listed = set(re.findall(r"`(--[\w-]+)`", text))
-    assert listed - {"--help"} == options - {"-h", "--help"}
-
-
 def test_help_answers_before_torch_is_imported():
     program = ("import sys, runpy; sys.argv = ['lorc.py', '--help']\n"
                "try: runpy.run_path('lorc.py', run_name='__main__')\n"
