@@ -4,10 +4,10 @@
     out = model.generate(**inputs, past_key_values=cache)
     print(cache.nbytes)
 
-`LowRankCache.from_model(model, kept=0.6)` computes LoRC's bases from the weights instead. The caches
-store what those of cache.py store: exact keys and values of the first `sinks` and the last `window`
-tokens, and latents of the others, in the model's dtype or in 4 bits. A layer rebuilds its keys and
-values in each forward pass, and they are freed after that layer's attention.
+`LowRankCache.from_model(model, kept=0.6)` computes LoRC's bases from the weights instead. The
+caches store what those of cache.py store: exact keys and values of the first `sinks` and the last
+`window` tokens, and latents of the others, in the model's dtype or in 4 bits. A layer rebuilds its
+keys and values in each forward pass, and they are freed after that layer's attention.
 
 Two facts about transformers shape this file:
 
@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import lorc                                                        # noqa: E402
 import model as llama_model                                        # noqa: E402
 from cache import GROUP, Buffers, Latents, QuantizedLatents        # noqa: E402
-from runtime import checkpoint                                     # noqa: E402
+from runtime.saved_bases import load_bases                         # noqa: E402
 
 ANOTHER_MODEL = "this LowRankCache was made for another model; make one from the model that runs"
 
@@ -307,7 +307,7 @@ class LowRankLayer(CacheLayerMixin):
         self.rope.reserve(int(self.columns + T + self.batch.shift.max()), key_states)
         k, v = key_states.transpose(1, 2), value_states.transpose(1, 2)
         before, self.columns = self.columns, self.columns + T
-        if not self.batch.start.any():                                           # no padding
+        if len(self.batch.groups) == 1 and not self.batch.start.any():           # no padding
             return [x.transpose(1, 2) for x in self.of_group(0, k, v)]
         all_k, all_v = (x.new_zeros(B, self.columns, *x.shape[2:]) for x in (k, v))
         for i, rows in enumerate(self.batch.groups):
@@ -365,8 +365,8 @@ class LowRankCache(Cache):
 
     bases holds (K, V) of each layer, None where the layer stays full. `kind` is "compressed" for
     LoRC's cache or "bibranch" for CSKV's, which alone takes `sinks` (4), `window` (32) and `bits`
-    (16 or 4; 16 stands for the model's dtype). `nbytes` is the number of bytes stored, with the room
-    for up to 7 more latents. Raises ValueError for a model or an option that is not supported.
+    (16 or 4; 16 stands for the model's dtype). `nbytes` is the size of the buffers, which have room
+    for up to 7 more latents in 16 bits. Raises ValueError for a model or option not supported.
     """
 
     def __init__(self, model, bases, kind="compressed", sinks=None, window=None, bits=None):
@@ -378,9 +378,10 @@ class LowRankCache(Cache):
             raise ValueError(f"bits is 16 or 4, not {bits!r}")
         if min(sinks or 0, window or 0) < 0:
             raise ValueError("sinks and window are numbers of tokens, 0 or more")
-        if len(bases) != model.config.num_hidden_layers:
-            raise ValueError(f"bases must hold a pair or None for each of the model's "
-                             f"{model.config.num_hidden_layers} layers, not {len(bases)}")
+        layers = as_llama(model).config.layers
+        if len(bases) != layers:
+            raise ValueError(f"bases must hold a pair or None for each of the model's {layers} "
+                             f"layers, and there are {len(bases)}")
         options = {"sinks": 0, "window": 0, "bits": 16, "exact_prompt": False}
         if kind == "bibranch":
             options = {"sinks": 4 if sinks is None else sinks, "bits": bits or 16,
@@ -396,7 +397,7 @@ class LowRankCache(Cache):
     @classmethod
     def from_bases(cls, model, folder, **options):
         """The cache with the bases that `python lorc.py --save folder` wrote for this model."""
-        _, bases = checkpoint.load_bases(folder, as_llama(model))
+        _, bases = load_bases(folder, as_llama(model))
         return cls(model, bases, **options)
 
     @classmethod

@@ -15,7 +15,7 @@ import lorc
 import model
 from cache import QuantizedLatents
 from model import UserError
-from runtime import checkpoint, distributed, fast, saved_bases
+from runtime import checkpoint, compiled, distributed, saved_bases
 from runtime.commuting import key_basis
 from runtime.report import report
 from runtime.scoring import ErrorMeter, finite, score_text
@@ -205,8 +205,7 @@ def choose_bases(args, llama, tokenizer):
     if args.calibrate is not None:
         tokens, context = calibration_tokens(args, llama, tokenizer)
         if args.basis == "loss":
-            return lorc.compress_for_loss(llama, tokens, args.kept, sinks=args.sinks,
-                                          window=args.window, context=context)
+            return compress_for_loss(args, llama, tokens, context)
         kind = "asvd" if args.basis == "asvd" else "whitened"
         moments = lorc.calibrated_moments(llama, tokens, kind, args.sinks, context)
         moments = [finite(C, llama.norm.weight.dtype) for C in moments]
@@ -216,16 +215,34 @@ def choose_bases(args, llama, tokenizer):
                                  key_basis=key_basis if args.basis == "commuting" else None)
 
 
+def compress_for_loss(args, llama, tokens, context):
+    """Plan and bases of --basis loss. Raises UserError if the model or its gradients overflow."""
+    window = tokens[None, :context]
+    finite(llama.hidden(window, lorc.new_caches(llama, "full", window.shape[1])))
+    try:
+        return lorc.compress_for_loss(llama, tokens, args.kept, sinks=args.sinks,
+                                      window=args.window, context=context)
+    except (ValueError, torch.linalg.LinAlgError):          # of matrices with NaN or infinity
+        name = str(llama.norm.weight.dtype).removeprefix("torch.")
+        raise UserError(f"the gradients of the loss overflow in {name}; give another --dtype, or "
+                        "--basis whitened, which needs none") from None
+
+
 def calibration_tokens(args, llama, tokenizer):
-    """The --calibrate text as (tokens, window length). Raises UserError if it is too short."""
+    """The --calibrate text as (tokens, window length). Raises UserError if it is too short.
+
+    Counted are the tokens that a basis is fitted to: those after the sinks of each window, and for
+    --basis loss those that also leave the window of exact tokens.
+    """
     tokens = distributed.run_on_rank_0(lambda: tokenizer.encode(read_text(args.calibrate)))
     context = min(CALIBRATION_CONTEXT, llama.config.context)
     used = min(len(tokens), CALIBRATION_WINDOWS * context)
-    usable = sum(max(0, min(context, used - start) - args.sinks)
-                 for start in range(0, used, context))
+    exact = args.sinks + args.window if args.basis == "loss" else args.sinks
+    usable = sum(max(0, min(context, used - start) - exact) for start in range(0, used, context))
     if usable < llama.config.kv_width:
-        raise UserError(f"{args.calibrate} gives {usable} tokens after the sinks of each window; "
-                        f"calibration needs {llama.config.kv_width}, and 30,000 are better")
+        raise UserError(f"{args.calibrate} gives {usable} tokens, without the {exact} exact ones "
+                        f"of each window of {context}; calibration needs {llama.config.kv_width}, "
+                        "and 30,000 are better")
     return torch.tensor(tokens, device=llama.norm.weight.device), context
 
 
@@ -287,7 +304,7 @@ def exact_tokens(args, kind, tokens):
 def checked_step(llama, caches, compile):
     """A decode step for lorc.generate: compiled once the caches allow it, the same logits in all
     processes, and UserError if they are not finite."""
-    step = fast.stepper(llama, caches, compile)
+    step = compiled.make_step(llama, caches, compile)
     return lambda tokens: finite(distributed.broadcast(step(tokens)))
 
 

@@ -10,7 +10,7 @@ import model
 from runtime import cli as command, jobs
 from runtime.commuting import CommutingBasis
 
-from test_lorc import RAW, cli, write_checkpoint
+from runtime.testing import RAW, cli, formula_weights, write_checkpoint
 
 TEXT = " ".join(f"w{(3 * i * i + i // 5) % 61}" for i in range(200))
 SHAPE = RAW | {"num_hidden_layers": 4}
@@ -84,11 +84,11 @@ def test_layers_above_the_threshold_stay_full(folder, capsys):
 
 
 def chosen_bases(folder, *words):
-    """(the model in float64, bases) as the flags choose them."""
+    """(the model in float64, plan, bases) as the flags choose them."""
     args = arguments("--model", folder, "--plan", "--schedule", "uniform", "--d-min", 5, *words)
     llama = model.load(folder, torch.float64)
     tokenizer = jobs.Tokenizer(folder, llama.config)
-    return llama, jobs.choose_bases(args, llama, tokenizer)[1]
+    return llama, *jobs.choose_bases(args, llama, tokenizer)
 
 
 def first_inputs(llama, sinks):
@@ -111,7 +111,7 @@ def test_each_basis_has_its_own_second_moment(name, sinks, folder):
     words = ["--basis", name]
     if name in ("asvd", "whitened"):
         words += ["--calibrate", folder / "text", "--sinks", sinks]
-    llama, bases = chosen_bases(folder, *words)
+    llama, _, bases = chosen_bases(folder, *words)
     layer = llama.layers[0]
     x = first_inputs(llama, sinks)
     C = {"svd": torch.eye(32, dtype=torch.float64), "norm": (layer.attn_norm.weight**2).diag(),
@@ -123,10 +123,11 @@ def test_each_basis_has_its_own_second_moment(name, sinks, folder):
 def test_the_commuting_basis_is_one_for_keys_and_whitened_for_values(folder):
     words = ["--basis", "commuting", "--split", "-0.1"]
     for more, whitened in ([], False), (["--calibrate", folder / "text"], True):
-        llama, bases = chosen_bases(folder, *words, *more)
+        llama, plan, bases = chosen_bases(folder, *words, *more)
         x = first_inputs(llama, 4)
         C = x.T @ x / len(x) if whitened else torch.eye(32, dtype=torch.float64)
-        assert all(isinstance(K, CommutingBasis) and K.d_c % 2 == 0 for K, _ in bases)
+        assert all(isinstance(K, CommutingBasis) for K, _ in bases)
+        assert plan.ranks == [(K.d_c, V.d_c) for K, V in bases] == [(6, 3)] * 4      # not (7, 3)
         assert same_subspace(bases[0][1], llama.layers[0].attn.Wv.weight, C)
 
 
@@ -149,12 +150,57 @@ def test_the_metric_of_the_loss_is_given_what_the_flags_say(folder, capsys, monk
     def compress_for_loss(llama, tokens, kept, **options):
         seen.append((tokens, kept, options))
         return lorc.compress(llama, kept=0.5, schedule="uniform")
-    monkeypatch.setattr(lorc, "compress_for_loss", compress_for_loss, raising=False)
+    monkeypatch.setattr(lorc, "compress_for_loss", compress_for_loss)
     words = ["--calibrate", folder / "text", "--sinks", 3, "--window", 7, "--kept", 0.2]
     ranks = plan(capsys, folder, *words)
     (tokens, kept, options), = seen
     assert tokens.tolist() == [int(word[1:]) for word in TEXT.split()] and kept == 0.2
     assert (options["sinks"], options["window"]) == (3, 7) and ranks == [(8, 8)] * 4
+
+
+def test_calibrated_bases_are_the_losss_and_come_back_from_their_file(folder, capsys, tmp_path):
+    """Kept to within one number, ranks that differ between layers, and the same text again."""
+    words = ["--prompt", "w1 w2 w3", "--cache", "bibranch", "--sinks", 1, "--window", 2]
+    made = run_json(capsys, folder, *words, "--calibrate", folder / "text", "--kept", 0.4,
+                    "--save", tmp_path / "b")
+    used = run_json(capsys, folder, *words, "--bases", tmp_path / "b")
+    assert used["plan"] == [pytest.approx(row) for row in made["plan"]]
+    assert (used["text"], used["divergence"]) == (made["text"], pytest.approx(made["divergence"]))
+    assert made["cache"]["kept"] == pytest.approx(0.4, abs=1 / 128)
+    assert len({(row["d_k"], row["d_v"]) for row in made["plan"]}) > 1
+
+
+@pytest.mark.parametrize("basis", ["loss", "whitened"])
+def test_calibrating_a_model_that_overflows_ends_with_one_line(basis, tmp_path, capsys):
+    weights = {name: x * 300 for name, x in formula_weights(SHAPE).items()}
+    folder = write_checkpoint(tmp_path, SHAPE, weights)
+    (folder / "text").write_text(TEXT)
+    status, out, err = cli(capsys, "--model", folder, "--plan", "--dtype", "float16",
+                           "--calibrate", folder / "text", "--basis", basis)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "the model overflows in float16" in err
+
+
+def test_gradients_that_overflow_end_with_one_line(folder, capsys, monkeypatch):
+    """Metrics with NaN reach the eigenvalues, which cannot be computed."""
+    def metrics(llama, *args):
+        return [(torch.full((16, 16), torch.nan),) * 2] * 4
+    monkeypatch.setattr(lorc, "loss_metrics", metrics)
+    status, out, err = cli(capsys, "--model", folder, "--plan", "--calibrate", folder / "text")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "the gradients of the loss overflow in float32" in err
+
+
+def test_calibration_needs_tokens_beyond_the_exact_ones_of_each_window(folder, tmp_path, capsys):
+    """16 of them, the width of the keys: a window of 64 less its exact tokens."""
+    short = tmp_path / "short"
+    short.write_text(" ".join(TEXT.split()[:60]))
+    for basis, sinks, n in ("whitened", 44, 16), ("whitened", 45, 15), ("loss", 12, 16), (
+            "loss", 13, 15):
+        status, out, err = cli(capsys, "--model", folder, "--plan", "--calibrate", short,
+                               "--basis", basis, "--sinks", sinks)
+        assert status == (0 if n >= 16 else 2), err
+        assert n >= 16 or f"gives {n} tokens" in err
 
 
 def test_a_basis_of_the_loss_is_refused_in_several_processes(monkeypatch):
