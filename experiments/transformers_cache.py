@@ -76,8 +76,11 @@ class ModelRope(llama_model.Rope):
         self.rotary, self.cos, self.sin = rotary, torch.empty(0), torch.empty(0)
 
     def reserve(self, length, like):
-        """Make the tables long enough for positions 0 .. length-1, with like's dtype and device."""
-        if length > len(self.cos) or self.cos.dtype != like.dtype or self.cos.device != like.device:
+        """Make the tables long enough for positions 0 .. length-1, with like's dtype and device.
+
+        These do not change: a LowRankLayer refuses keys of another dtype or device.
+        """
+        if length > len(self.cos):
             positions = torch.arange(max(length, 2 * len(self.cos), 1024), device=like.device)
             cos, sin = (table[0, :, None] for table in self.rotary(like, positions[None]))
             half = cos.shape[-1] // 2
