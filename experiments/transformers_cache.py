@@ -433,10 +433,6 @@ class LowRankCache(Cache):
     def batch_repeat_interleave(self, repeats):
         self.reorder_cache(torch.arange(len(self.batch.start)).repeat_interleave(repeats))
 
-    @property
-    def is_croppable(self) -> bool:
-        return False
-
     def crop(self, tokens_to_remove):
         """Raises ValueError, because compression cannot be undone."""
         raise ValueError("LowRankCache cannot remove tokens: what has left the window is "
