@@ -140,7 +140,8 @@ class Study:
 
         This is lorc.compress_for_loss; the factors are measured once for all values of `kept`.
         """
-        with patch("lorc.fisher_factors", lambda *args, **options: self.factors()):
+        factors = self.factors()
+        with patch("lorc.fisher_factors", lambda *args, **options: factors):
             plan, bases = lorc.compress_for_loss(self.llama, self.calibration, kept)
         return plan.ranks, bases
 
