@@ -32,6 +32,7 @@ if __name__ == "__main__":
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -79,8 +80,7 @@ def basis(W, d_c, C=None, M=None):
     """The map of rank d_c with the least expected error E (y - y~)^T M (y - y~) of y = W x.
 
     Without C and M this is LoRC's SVD: down = U^T, up = U, and the latent U^T (W x) equals
-    (Sigma V^T) x [E1]. theory.expected_error has the proof.
-    """
+    (Sigma V^T) x [E1]. theory.expected_error has the proof."""
     U = spectrum(W, C, M)[1][:, :d_c]
     down, up = U.T, U
     if M is not None:
@@ -119,8 +119,7 @@ def log_kappa_tilde(log_kappas):
 def compressed_dimension(log_tilde, d_max, d_min, schedule="progressive"):
     """d_c of each layer as a real number: Eq. 13. It never grows with depth, since kappa >= 1 [E9].
 
-    The schedule "uniform", the paper's baseline, gives d_min to every layer.
-    """
+    The schedule "uniform", the paper's baseline, gives d_min to every layer."""
     if schedule == "uniform":
         return [float(d_min)] * len(log_tilde)
     lowest, highest = min(log_tilde), max(log_tilde)
@@ -134,8 +133,7 @@ def round_ranks(d_c, full, d_max, split=0.0, pairs=False):
     """Integer ranks (d_k, d_v) of each layer, from the real d_c of Eq. 13 [E9].
 
     full: whether each layer is left uncompressed. split * d_max is moved from keys to values.
-    Ranks are multiples of rank_multiple(d_max), and d_k is even if `pairs`.
-    """
+    Ranks are multiples of rank_multiple(d_max), and d_k is even if `pairs`."""
     def nearest(x, multiple):
         return min(d_max, multiple * max(1, round(x / multiple)))
     step = rank_multiple(d_max)
@@ -153,9 +151,7 @@ def rank_multiple(d_max):
 def solve_d_min(kept, ranks_of, d_max):
     """The d_min for which ranks_of(d_min) keeps the fraction `kept`, found by bisection.
 
-    ranks_of: d_min -> [(d_k, d_v)] of each layer. Raises ValueError if no d_min in [1, d_max] is
-    within half a rounding step.
-    """
+    ranks_of: d_min -> [(d_k, d_v)]. Raises UserError if no d_min in [1, d_max] comes close."""
     def fraction(d_min):
         ranks = ranks_of(d_min)
         return sum(d_k + d_v for d_k, d_v in ranks) / (2 * len(ranks) * d_max)
@@ -175,7 +171,6 @@ def solve_d_min(kept, ranks_of, d_max):
 @dataclass(frozen=True)
 class Plan:
     """What Algorithm 1 decides for each layer."""
-
     log_kappa: list         # (ln kappa(Wk), ln kappa(Wv)): Eq. 10
     log_kappa_tilde: list   # ln kappa~_l: Eq. 12
     ranks: list             # (d_k, d_v): Eq. 13
@@ -190,8 +185,7 @@ class Plan:
 def compress(llama, moments=None, key_basis=None, **options):
     """Algorithm 1. Returns the Plan, and for each layer a pair of bases (keys, values) or None.
 
-    moments, key_basis: as in make_bases. options: those of make_plan, such as kept=0.6.
-    """
+    moments, key_basis: as in make_bases. options: those of make_plan, such as kept=0.6."""
     plan = make_plan(log_kappas(llama), llama.config.kv_width, **options)
     return plan, make_bases(llama, plan.ranks, moments, key_basis)
 
@@ -223,13 +217,12 @@ def make_bases(llama, ranks, moments=None, key_basis=None):
     """Algorithm 1, lines 12-18: the bases (keys, values) of each layer, None where it is full.
 
     moments: C of each layer's inputs, None for the paper's SVD. key_basis(layer, d_k, C) may
-    replace `basis` for keys. Lines 15 and 19 are omitted: U cannot be folded into weights [E4] [E5].
+    replace `basis` for keys. Lines 15 and 19 are omitted: U cannot be folded into W [E4] [E5].
     """
-    bases = []
-    if any(not C.isfinite().all() for C in moments or []):
+    moments, bases = moments or [None] * len(ranks), []
+    if any(C is not None and not C.isfinite().all() for C in moments):
         raise ValueError("moments must be finite")
-    for layer, (d_k, d_v), C in zip(llama.layers, ranks, moments or [None] * len(ranks),
-                                    strict=True):
+    for layer, (d_k, d_v), C in zip(llama.layers, ranks, moments, strict=True):
         Wk, Wv = layer.attn.Wk.weight, layer.attn.Wv.weight
         if d_k == d_v == llama.config.kv_width:
             bases.append(None)
@@ -246,22 +239,21 @@ def new_caches(llama, kind, capacity, bases=None, B=1, **options):
 
     kind: "full", "compressed" or "bibranch". A layer whose entry in `bases` is None has a full
     cache. options: those of cache.BiBranchCache (sinks, window, bits, simulate_decoding). Raises
-    ValueError for an unknown kind, missing bases, or a capacity beyond the model's context.
+    ValueError for an unknown kind or missing bases.
     """
     c, like = llama.config, llama.norm.weight
     if kind not in ("full", "compressed", "bibranch"):
         raise ValueError(f"kind must be 'full', 'compressed' or 'bibranch', not {kind!r}")
     if kind != "full" and (bases is None or len(bases) != len(llama.layers)):
         raise ValueError(f"a {kind} cache needs bases for each of the {len(llama.layers)} layers")
-    caches = []
-    for pair in bases or [None] * len(llama.layers):
+
+    def new_cache(pair):
         if kind == "full" or pair is None:
-            caches.append(FullCache(B, capacity, c.kv_heads, c.head_dim, like.dtype, like.device))
-        elif kind == "compressed":
-            caches.append(CompressedCache(B, capacity, *pair, c.head_dim))
-        else:
-            caches.append(BiBranchCache(B, capacity, *pair, c.head_dim, **options))
-    return caches
+            return FullCache(B, capacity, c.kv_heads, c.head_dim, like.dtype, like.device)
+        if kind == "compressed":
+            return CompressedCache(B, capacity, *pair, c.head_dim)
+        return BiBranchCache(B, capacity, *pair, c.head_dim, **options)
+    return [new_cache(pair) for pair in bases or [None] * len(llama.layers)]
 
 
 def full_cache_bytes(llama, capacity, B=1):
@@ -334,8 +326,7 @@ def calibrated_moments(llama, tokens, kind, sinks=4, context=1024, windows=32):
 
 
 def split_windows(tokens, context, windows, exact, title):
-    """The first windows of `context` tokens, those with more than `exact` tokens. Shows progress.
-    """
+    """The first windows of `context` tokens that have more than `exact`, with a progress bar."""
     found = [x for x in tokens[:windows * context].split(context) if len(x) > exact]
     if not found:
         raise ValueError(f"the text needs a window of more than {exact} tokens")
@@ -358,97 +349,80 @@ def observe_projections(llama, observe):
 
 # Beyond both papers: bases and ranks in the metric of the loss ------------------------------------
 
-def compress_for_loss(llama, tokens, kept=0.4, **options):
-    """The bases and ranks that move the model's predictions least. Returns (Plan, bases).
+def compress_for_loss(llama, tokens, kept=0.4, sinks=4, window=32, context=1024, windows=32,
+                      seed=0):
+    """The bases and ranks that change the model's predictions least. Returns (Plan, bases).
 
-    kept: the fraction of the full cache's numbers. tokens (N,) and options: as in loss_factors.
+    tokens (N,): text, of which at most `windows` windows of `context` tokens are used.
     """
-    factors, d_max = loss_factors(llama, tokens, **options), llama.config.kv_width
-    kappas, ranks = log_kappas(llama), sort_ranks(factors, kept)
-    keys = torch.eye(d_max, dtype=llama.norm.weight.dtype, device=llama.norm.weight.device)
-    bases = []
-    for pair, pair_ranks in zip(factors, ranks):
-        maps = tuple(basis(keys, d_c, S, M) for d_c, (S, M) in zip(pair_ranks, pair))
-        bases.append(None if pair_ranks == (d_max, d_max) else maps)
-    return Plan(kappas, log_kappa_tilde(kappas), ranks, d_max), bases
+    factors = fisher_factors(llama, tokens, sinks, window, context, windows, seed)
+    ranks, eye = sort_ranks(factors, kept), torch.eye(llama.config.kv_width)
+    eye, bases = eye.to(llama.norm.weight), []
+    for (d_k, d_v), (K, V) in zip(ranks, factors):
+        full = d_k == d_v == len(eye)
+        bases.append(None if full else (basis(eye, d_k, *K), basis(eye, d_v, *V)))
+    kappas = log_kappas(llama)
+    return Plan(kappas, log_kappa_tilde(kappas), ranks, len(eye)), bases
+
+
+def fisher_factors(llama, tokens, sinks=4, window=32, context=1024, windows=32, seed=0):
+    """For the keys and for the values of each layer, the factors (C, M) of the Fisher information.
+
+    Let the cache return A k for each key k (or value) that it stores compressed. The second moment
+    of the gradient G of the loss with respect to A, at A = I, is the Fisher information if labels
+    are drawn from the model: it moves by about E[tr(G^T (A - I))^2] / 2 nats. One text window gives
+    one G, (G*d, G*d). Memory: the weights, the activations of one layer, and all G on the CPU.
+    """
+    like, maps, gradients = llama.norm.weight, [], []
+    eye = torch.eye(llama.config.kv_width).to(like)
+    for _ in range(2 * len(llama.layers)):                         # k, v, k, v, ... of all layers
+        maps.append(eye.clone().requires_grad_())
+    bases = [(Basis(eye, A_k), Basis(eye, A_v)) for A_k, A_v in zip(maps[::2], maps[1::2])]
+    generator = torch.Generator(like.device).manual_seed(seed)
+    recompute = partial(checkpoint, use_reentrant=False)   # activations, in the backward pass
+    for x in split_windows(tokens, context, windows, sinks + window, "gradients of the loss"):
+        caches = new_caches(llama, "bibranch", len(x), bases, sinks=sinks, window=window,
+                            simulate_decoding=True)
+        with torch.enable_grad():
+            logits = llama.head(llama.hidden(x[None], caches, recompute)[0]).float()       # (T, V)
+            labels = logits.detach().softmax(-1).multinomial(1, generator=generator)[:, 0]
+            loss = F.cross_entropy(logits, labels, reduction="sum") / len(x) ** 0.5
+        gradients.append([G.cpu() for G in torch.autograd.grad(loss, maps)])
+    factors = [kronecker_factors(torch.stack(G).to(like.device)) for G in zip(*gradients)]
+    return list(zip(factors[::2], factors[1::2]))
+
+
+def kronecker_factors(G, rounds=3):
+    """C and M with E[G_ij G_kl] close to M_ik C_jl, from samples G (n, m, m) of a random matrix.
+
+    Each round improves the likelihood that G has if it is normally distributed: M = E[G C^-1 G^T]
+    / m, then C = E[G^T M^-1 G] / m. 1 % of their mean eigenvalue is added to both.
+    """
+    G, eye = G.double(), torch.eye(G.shape[-1]).to(G.device, torch.float64)
+
+    def regularized(S):
+        return S + 0.01 * S.trace() / len(S) * eye
+    C = eye
+    for _ in range(rounds):
+        M = regularized((G @ torch.linalg.solve(C, G.mT)).mean(0) / len(eye))
+        C = regularized((G.mT @ torch.linalg.solve(M, G)).mean(0) / len(eye))
+    return C, M
 
 
 def sort_ranks(factors, kept):
     """(d_k, d_v) of each layer: the largest eigenvalues of all matrices, up to the fraction kept.
 
-    In the metric of the loss all eigenvalues have the same unit, nats per token. They are sorted in
-    steps of rank_multiple(d_max), and every matrix keeps at least one step.
+    All eigenvalues have the same unit, nats per token. They are sorted in steps of
+    rank_multiple(d_max). Every matrix keeps at least one step. Raises ValueError if kept is less.
     """
-    spectra = [spectrum(torch.eye(len(S), device=S.device), S, M)[0]
-               for pair in factors for S, M in pair]
-    step = rank_multiple(len(spectra[0]))
-    worth = torch.stack(spectra).unflatten(1, (-1, step)).sum(-1)              # (2*L, d_max/step)
+    eye = torch.eye(len(factors[0][0][0])).to(factors[0][0][0])
+    spectra = torch.stack([spectrum(eye, C, M)[0] for pair in factors for C, M in pair])
+    step = rank_multiple(len(eye))
+    worth = spectra.unflatten(1, (-1, step)).sum(-1)                           # (2*L, d_max/step)
     worth[:, 0] = math.inf
-    chosen = worth.flatten().argsort(descending=True)[:max(len(worth), round(kept * worth.numel()))]
-    counts = (chosen // worth.shape[1]).bincount(minlength=len(worth)) * step
-    return list(zip(counts[::2].tolist(), counts[1::2].tolist()))
-
-
-def loss_factors(llama, tokens, sinks=4, window=32, context=1024, windows=32, seed=0):
-    """(S, M) of keys and of values in each layer: the factors of the loss's curvature, (G*d, G*d).
-
-    Let the keys k_t that are read from a bi-branch cache be replaced by A k_t. For A = 1 + D, the
-    KL divergence of a text is to second order E <D, g>^2 / 2, where g is the sum of g_t k_t^T and
-    g_t the gradient of the loss with respect to k_t, for labels drawn from the model. With
-    E vec(g) vec(g)^T approximated by the Kronecker product S x M, this is tr(M D S D^T) / 2, which
-    `basis` minimises with W = 1 and C = S. tokens (N,) are read in `windows` windows of `context`
-    tokens. Memory: the weights, the activations of one layer and window, and one matrix g per
-    window, layer, key and value, kept on the CPU. Raises ValueError if the text is too short.
-    """
-    like, d_max = llama.norm.weight, llama.config.kv_width
-    recorders = [(Recorder(like, d_max, window), Recorder(like, d_max, window))
-                 for _ in llama.layers]
-    generator = torch.Generator(like.device).manual_seed(seed)
-    for x in split_windows(tokens, context, windows, sinks + window, "loss metric"):
-        caches = new_caches(llama, "bibranch", len(x), recorders, sinks=sinks, window=window,
-                            simulate_decoding=True)
-        with torch.enable_grad():
-            logits = llama.head(llama.hidden(x[None], caches, recompute)[0]).float()       # (T, V)
-            labels = logits.detach().softmax(-1).multinomial(1, generator=generator)[:, 0]
-            F.cross_entropy(logits, labels, reduction="sum").backward()
-    return [tuple(kronecker_factors(torch.stack(r.gradients).to(like.device)) for r in pair)
-            for pair in recorders]
-
-
-def kronecker_factors(g, steps=2):
-    """S and M, such that E vec(g) vec(g)^T is about S x M, from samples g (n, m, m), in float64.
-
-    The maximum-likelihood estimate of a matrix normal distribution alternates between S and M. A
-    fraction of the mean eigenvalue is added to the diagonals, so that both have inverses.
-    """
-    def ridge(A, fraction):
-        return A + fraction * A.trace() / len(A) * eye + 1e-300 * eye
-    g, eye = g.double(), torch.eye(g.shape[1], dtype=torch.float64, device=g.device)
-    S = eye
-    for _ in range(steps):
-        M = ridge((g @ torch.linalg.inv(ridge(S, 1e-3)) @ g.mT).mean(0), 1e-2)
-        S = (g.mT @ torch.linalg.inv(M) @ g).mean(0)
-    scale = (g.square().sum((1, 2)).mean() / (M.trace() * S.trace())).sqrt()
-    return S * scale, M * scale
-
-
-def recompute(block, x, cache, rope):
-    """A layer whose activations are not kept but computed again in the backward pass."""
-    return checkpoint(block, x, cache, rope, use_reentrant=False)
-
-
-class Recorder(Basis):
-    """The identity as a basis. It records g, the sum of g_t k_t^T / sqrt(T), for each window."""
-
-    def __init__(self, like, d_max, window):
-        super().__init__(*torch.eye(d_max, dtype=like.dtype, device=like.device).expand(2, -1, -1))
-        self.window, self.gradients = window, []
-
-    def reconstruct(self, c, d):
-        x = super().reconstruct(c, d).requires_grad_()                             # (1, T, G, d)
-        x.register_hook(lambda g: self.record(g[0].flatten(1).float(), c[0].detach().float()))
-        return x
-
-    def record(self, g, k):
-        T = len(g) - self.window                        # the last tokens never leave the window
-        self.gradients.append((g[:T].T @ k[:T] / T ** 0.5).cpu())
+    count = round(kept * worth.numel())
+    if count < len(worth):
+        raise UserError(f"kept {kept:g} cannot be reached; it can be {step / len(eye):.3g} to 1")
+    chosen = worth.flatten().argsort(descending=True)[:count] // worth.shape[1]
+    ranks = chosen.bincount(minlength=len(worth)) * step
+    return list(zip(ranks[::2].tolist(), ranks[1::2].tolist()))
