@@ -187,13 +187,13 @@ class Plan:
         return sum(d_k + d_v for d_k, d_v in self.ranks) / (2 * len(self.ranks) * self.d_max)
 
 
-def compress(llama, moments=None, metrics=None, key_basis=None, **options):
+def compress(llama, moments=None, key_basis=None, **options):
     """Algorithm 1. Returns the Plan, and for each layer a pair of bases (keys, values) or None.
 
-    moments, metrics, key_basis: as in make_bases. options: those of make_plan, such as kept=0.6.
+    moments, key_basis: as in make_bases. options: those of make_plan, such as kept=0.6.
     """
     plan = make_plan(log_kappas(llama), llama.config.kv_width, **options)
-    return plan, make_bases(llama, plan.ranks, moments, metrics, key_basis)
+    return plan, make_bases(llama, plan.ranks, moments, key_basis)
 
 
 def make_plan(log_kappas, d_max, kept=0.6, d_min=None, threshold=math.inf, schedule="progressive",
@@ -219,24 +219,23 @@ def make_plan(log_kappas, d_max, kept=0.6, d_min=None, threshold=math.inf, sched
     return Plan(log_kappas, log_tilde, ranks_of(d_min), d_max)
 
 
-def make_bases(llama, ranks, moments=None, metrics=None, key_basis=None):
+def make_bases(llama, ranks, moments=None, key_basis=None):
     """Algorithm 1, lines 12-18: the bases (keys, values) of each layer, None where it is full.
 
-    moments: C of each layer's inputs; metrics: (M_k, M_v) of each layer; both None for the paper's
-    SVD. key_basis(layer, d_k, C) may replace `basis` for keys. Lines 15 and 19 of the algorithm are
-    omitted, because U cannot be folded into the weights [E4] [E5].
+    moments: C of each layer's inputs, None for the paper's SVD. key_basis(layer, d_k, C) may
+    replace `basis` for keys. Lines 15 and 19 are omitted: U cannot be folded into weights [E4] [E5].
     """
-    L, bases = len(ranks), []
+    bases = []
     if any(not C.isfinite().all() for C in moments or []):
         raise ValueError("moments must be finite")
-    for layer, (d_k, d_v), C, (M_k, M_v) in zip(llama.layers, ranks, moments or [None] * L,
-                                                metrics or [(None, None)] * L, strict=True):
+    for layer, (d_k, d_v), C in zip(llama.layers, ranks, moments or [None] * len(ranks),
+                                    strict=True):
         Wk, Wv = layer.attn.Wk.weight, layer.attn.Wv.weight
         if d_k == d_v == llama.config.kv_width:
             bases.append(None)
             continue
-        K = key_basis(layer, d_k, C) if key_basis else basis(Wk, d_k, C, M_k)      # lines 13, 14
-        bases.append((K, basis(Wv, d_v, C, M_v)))                                  # lines 16-18
+        K = key_basis(layer, d_k, C) if key_basis else basis(Wk, d_k, C)           # lines 13, 14
+        bases.append((K, basis(Wv, d_v, C)))                                       # lines 16-18
     return bases
 
 
@@ -359,32 +358,30 @@ def observe_projections(llama, observe):
 
 # Beyond both papers: bases and ranks in the metric of the loss ------------------------------------
 
-def compress_for_loss(llama, tokens, kept=0.4, sinks=4, window=32, context=1024, windows=(32, 16),
-                      seed=0):
-    """The bases and ranks that cost the model the least likelihood. Returns (Plan, bases).
+def compress_for_loss(llama, tokens, kept=0.4, **options):
+    """The bases and ranks that move the model's predictions least. Returns (Plan, bases).
 
-    tokens (N,) are read in windows of `context` tokens: windows[0] of them on the uncompressed
-    model, then windows[1] with the bases found so far, and so on for more passes.
+    kept: the fraction of the full cache's numbers. tokens (N,) and options: as in loss_factors.
     """
-    moments = calibrated_moments(llama, tokens, "whitened", sinks, context, windows[0])
-    bases = None
-    for i, n in enumerate(windows):
-        metrics = loss_metrics(llama, tokens, bases, sinks, window, context, n, seed + i)
-        ranks = sort_ranks(llama, kept, moments, metrics)
-        bases = make_bases(llama, ranks, moments, metrics)
-    kappas = log_kappas(llama)
-    return Plan(kappas, log_kappa_tilde(kappas), ranks, llama.config.kv_width), bases
+    factors, d_max = loss_factors(llama, tokens, **options), llama.config.kv_width
+    kappas, ranks = log_kappas(llama), sort_ranks(factors, kept)
+    keys = torch.eye(d_max, dtype=llama.norm.weight.dtype, device=llama.norm.weight.device)
+    bases = []
+    for pair, pair_ranks in zip(factors, ranks):
+        maps = tuple(basis(keys, d_c, S, M) for d_c, (S, M) in zip(pair_ranks, pair))
+        bases.append(None if pair_ranks == (d_max, d_max) else maps)
+    return Plan(kappas, log_kappa_tilde(kappas), ranks, d_max), bases
 
 
-def sort_ranks(llama, kept, moments, metrics):
+def sort_ranks(factors, kept):
     """(d_k, d_v) of each layer: the largest eigenvalues of all matrices, up to the fraction kept.
 
     In the metric of the loss all eigenvalues have the same unit, nats per token. They are sorted in
     steps of rank_multiple(d_max), and every matrix keeps at least one step.
     """
-    step = rank_multiple(llama.config.kv_width)
-    spectra = [spectrum(W.weight, C, M)[0] for layer, C, pair in zip(llama.layers, moments, metrics)
-               for W, M in zip((layer.attn.Wk, layer.attn.Wv), pair)]
+    spectra = [spectrum(torch.eye(len(S), device=S.device), S, M)[0]
+               for pair in factors for S, M in pair]
+    step = rank_multiple(len(spectra[0]))
     worth = torch.stack(spectra).unflatten(1, (-1, step)).sum(-1)              # (2*L, d_max/step)
     worth[:, 0] = math.inf
     chosen = worth.flatten().argsort(descending=True)[:max(len(worth), round(kept * worth.numel()))]
@@ -392,30 +389,47 @@ def sort_ranks(llama, kept, moments, metrics):
     return list(zip(counts[::2].tolist(), counts[1::2].tolist()))
 
 
-def loss_metrics(llama, tokens, bases=None, sinks=4, window=32, context=1024, windows=32, seed=0):
-    """(M_k, M_v) of each layer, each E[g g^T] (G*d, G*d) in float32, measured on tokens (N,).
+def loss_factors(llama, tokens, sinks=4, window=32, context=1024, windows=32, seed=0):
+    """(S, M) of keys and of values in each layer: the factors of the loss's curvature, (G*d, G*d).
 
-    g is the gradient of the loss with respect to a key before rotation, or a value, through the
-    queries that read it from the low-rank part of a bi-branch cache with these bases (None: not
-    compressed). Labels are drawn from the model: M is then the Fisher information, and an error e
-    moves the model by about e^T M e / 2 nats. 1 % of the mean eigenvalue is added to the diagonal.
-    Memory: the weights, the activations of one layer and window, and all M.
+    Let the keys k_t that are read from a bi-branch cache be replaced by A k_t. For A = 1 + D, the
+    KL divergence of a text is to second order E <D, g>^2 / 2, where g is the sum of g_t k_t^T and
+    g_t the gradient of the loss with respect to k_t, for labels drawn from the model. With
+    E vec(g) vec(g)^T approximated by the Kronecker product S x M, this is tr(M D S D^T) / 2, which
+    `basis` minimises with W = 1 and C = S. tokens (N,) are read in `windows` windows of `context`
+    tokens. Memory: the weights, the activations of one layer and window, and one matrix g per
+    window, layer, key and value, kept on the CPU. Raises ValueError if the text is too short.
     """
-    c, like = llama.config, llama.norm.weight
-    eye = torch.eye(c.kv_width, dtype=like.dtype, device=like.device)
-    recording = [[RecordingBasis(b, window) for b in pair or (Basis(eye, eye), Basis(eye, eye))]
-                 for pair in bases or [None] * len(llama.layers)]
-    generator, count = torch.Generator(like.device).manual_seed(seed), 0
+    like, d_max = llama.norm.weight, llama.config.kv_width
+    recorders = [(Recorder(like, d_max, window), Recorder(like, d_max, window))
+                 for _ in llama.layers]
+    generator = torch.Generator(like.device).manual_seed(seed)
     for x in split_windows(tokens, context, windows, sinks + window, "loss metric"):
-        caches = new_caches(llama, "bibranch", len(x), recording, sinks=sinks, window=window,
+        caches = new_caches(llama, "bibranch", len(x), recorders, sinks=sinks, window=window,
                             simulate_decoding=True)
         with torch.enable_grad():
             logits = llama.head(llama.hidden(x[None], caches, recompute)[0]).float()       # (T, V)
             labels = logits.detach().softmax(-1).multinomial(1, generator=generator)[:, 0]
             F.cross_entropy(logits, labels, reduction="sum").backward()
-        count += len(x) - sinks - window
-    metrics = [[b.total / count for b in pair] for pair in recording]
-    return [tuple(M + 0.01 * M.trace() / len(M) * eye.float() for M in pair) for pair in metrics]
+    return [tuple(kronecker_factors(torch.stack(r.gradients).to(like.device)) for r in pair)
+            for pair in recorders]
+
+
+def kronecker_factors(g, steps=2):
+    """S and M, such that E vec(g) vec(g)^T is about S x M, from samples g (n, m, m), in float64.
+
+    The maximum-likelihood estimate of a matrix normal distribution alternates between S and M. A
+    fraction of the mean eigenvalue is added to the diagonals, so that both have inverses.
+    """
+    def ridge(A, fraction):
+        return A + fraction * A.trace() / len(A) * eye + 1e-300 * eye
+    g, eye = g.double(), torch.eye(g.shape[1], dtype=torch.float64, device=g.device)
+    S = eye
+    for _ in range(steps):
+        M = ridge((g @ torch.linalg.inv(ridge(S, 1e-3)) @ g.mT).mean(0), 1e-2)
+        S = (g.mT @ torch.linalg.inv(M) @ g).mean(0)
+    scale = (g.square().sum((1, 2)).mean() / (M.trace() * S.trace())).sqrt()
+    return S * scale, M * scale
 
 
 def recompute(block, x, cache, rope):
@@ -423,21 +437,18 @@ def recompute(block, x, cache, rope):
     return checkpoint(block, x, cache, rope, use_reentrant=False)
 
 
-class RecordingBasis(Basis):
-    """A basis that adds up g g^T of the gradients g of all keys or values that it reconstructs."""
+class Recorder(Basis):
+    """The identity as a basis. It records g, the sum of g_t k_t^T / sqrt(T), for each window."""
 
-    def __init__(self, basis, window):
-        super().__init__(basis.down, basis.up)
-        self.window, self.total = window, torch.zeros_like(basis.up @ basis.down, dtype=torch.float)
+    def __init__(self, like, d_max, window):
+        super().__init__(*torch.eye(d_max, dtype=like.dtype, device=like.device).expand(2, -1, -1))
+        self.window, self.gradients = window, []
 
     def reconstruct(self, c, d):
-        x = super().reconstruct(c, d).requires_grad_()                             # (B, T, G, d)
-        x.register_hook(self.add)
+        x = super().reconstruct(c, d).requires_grad_()                             # (1, T, G, d)
+        x.register_hook(lambda g: self.record(g[0].flatten(1).float(), c[0].detach().float()))
         return x
 
-    def add(self, g):
-        """Gradients with |g|^2 above the mean are clipped to it: few tokens would dominate M."""
-        g = g[:, :g.shape[1] - self.window].flatten(2).flatten(0, 1).float()       # (B*T, G*d)
-        squares = g.square().sum(-1, keepdim=True)
-        g = g * (squares.mean() / squares).nan_to_num(0).clamp(max=1).sqrt()
-        self.total += g.T @ g
+    def record(self, g, k):
+        T = len(g) - self.window                        # the last tokens never leave the window
+        self.gradients.append((g[:T].T @ k[:T] / T ** 0.5).cpu())
