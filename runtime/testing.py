@@ -31,7 +31,6 @@ import lorc
 import model
 from cache import Basis, BiBranchCache, CompressedCache, FullCache
 from runtime import cli as command
-from runtime import commuting
 from runtime.text import Tokenizer
 
 HERE = Path(__file__).resolve().parent.parent                  # the repository's folder
@@ -65,7 +64,6 @@ VARIANTS = {                                                   # changes of RAW
     "llama3": {"rope_scaling": LLAMA3},
     "llama3_new": {"rope_theta": None, "rope_parameters": LLAMA3 | {"rope_theta": 500.0}},
 }
-COMMUTING = {"key_basis": commuting.key_basis, "pairs": True}         # options of lorc.compress
 TOKENS = [(7 * i * i + 3 * i) % 61 for i in range(40)]
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import lorc
 import model
-from runtime import commuting, fast
-from runtime.testing import COMMUTING, Text, close, finished_job, full, small_model
+from runtime import commuting, compiled
+from runtime.testing import Text, close, finished_job, full, small_model
 from runtime.testing import background_jobs, small  # noqa: F401 (fixtures)
 
 
@@ -36,9 +36,9 @@ def test_the_step_of_fixed_shape_is_the_eager_one(seed, sinks, window, T):
             if i == 0 and first:
                 static.attend(q, k, v, text.rope)
                 continue
-            assert fast.settled(static)
+            assert compiled.ready(static)
             position = torch.tensor([eager.length - 1])
-            assert close(fast.Static(static, position).attend(q, k, v, text.rope), want)
+            assert close(compiled.CompiledCache(static, position).attend(q, k, v, text.rope), want)
 
 
 def forty_tokens(llama, kind, compile, prompt=12, **plan):
@@ -49,9 +49,12 @@ def forty_tokens(llama, kind, compile, prompt=12, **plan):
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile="schedule" not in plan):
         caches = lorc.new_caches(llama, kind, prompt + 39, bases, **options)
-        step = fast.stepper(llama, caches, compile)
+        step = compiled.make_step(llama, caches, compile)
         steps = lorc.generate(llama, caches, torch.arange(prompt)[None], 40, step=step)
         return [token.item() for token in steps]
+
+
+COMMUTING = {"key_basis": commuting.key_basis, "pairs": True}         # options of lorc.compress
 
 
 @pytest.mark.parametrize("kind, plan", [
@@ -72,7 +75,7 @@ def test_a_step_that_cannot_be_compiled_says_what_to_do(small, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend=broken))
     torch._dynamo.reset()
     caches = full(small, 20)
-    step = fast.stepper(small, caches, True)
+    step = compiled.make_step(small, caches, True)
     with pytest.raises(model.UserError, match="no compiler.*leave out --compile"):
         list(lorc.generate(small, caches, torch.arange(9)[None], 5, step=step))
 
