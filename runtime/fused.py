@@ -3,8 +3,8 @@
 One new token in each of B sequences attends to tokens whose keys and values are stored as latents
 c_k and c_v, in 16 bits or as packed 4-bit codes, and to a few exact tokens (sinks and window):
 
-    score_kernel    for each tile of T tokens, for each block of key heads:
-                        C = latents of the tile (T, d_k); 4-bit codes are unpacked once per tile
+    score_kernel    for each block of key heads, for each tile of T tokens:
+                        C = latents of the tile (T, d_k); 4-bit codes are unpacked in registers
                         K = C U^T (T, heads * d), rotated in registers to the tokens' positions
                         scores = K q / sqrt(d) (T, query heads)
     value_kernel    for each block of channels of c_v, for each tile of tokens:
@@ -17,9 +17,9 @@ The results are sums of value latents, which Eq. 9 expands with U_v, and sums of
 cache.py computes the same in plain PyTorch, and the tests compare the two. The position of the new
 token is a tensor, so that one CUDA graph serves every step.
 
-Letters: B sequences, S tokens that fit into the cache, G key heads, R query heads per key head,
-H = G*R, d the size of a head, d_k and d_v the ranks. All sizes in capitals are powers of two where
-they are tile sizes: T, HEADS (key heads per block), CHANNELS, Q (query heads, padded), E.
+B sequences have room for S tokens. G key heads have R query heads each; H = G*R, of size d. The
+ranks are d_k and d_v. Tile sizes are powers of two: T tokens, HEADS key heads, CHANNELS of a
+latent, Q query heads (at least 16, as the matrix units want it), E exact tokens.
 """
 import torch
 import triton
@@ -38,132 +38,107 @@ def latent_count(position, exact):
 
 
 @triton.jit
-def unpack(packed, minimum, scale, row, stop, channel, d_c: tl.constexpr, T: tl.constexpr):
-    """Latents (T/2, CHANNELS) of tokens row, row + 2, ... and of tokens row + 1, row + 3, ...
+def load_scales(minimum, scale, row, stop, channel, d_c: tl.constexpr, T: tl.constexpr):
+    """minimum and scale (T/32, CHANNELS) of the groups of tokens row .. row + T - 1, below stop."""
+    group = tl.arange(0, T // SIZE) + row // SIZE
+    inside = (group * SIZE < stop)[:, None] & (channel < d_c)[None, :]
+    at = group[:, None] * d_c + channel[None, :]
+    return (tl.load(minimum + at, mask=inside, other=0.0),
+            tl.load(scale + at, mask=inside, other=0.0))
 
-    packed (S/2, d_c), minimum and scale (S/32, d_c) belong to one sequence; row and stop, where
-    the codes end, are multiples of 32.
-    """
-    pair, group = tl.arange(0, T // 2) + row // 2, tl.arange(0, T // SIZE) + row // SIZE
-    inside = (channel < d_c)[None, :]
-    at = group[:, None] * d_c + channel[None, :]                            # (T/32, CHANNELS)
-    there = (group * SIZE < stop)[:, None] & inside
-    low = tl.load(minimum + at, mask=there, other=0.0).to(tl.float32)[:, None, :]
-    step = tl.load(scale + at, mask=there, other=0.0)
-    there = (pair * 2 < stop)[:, None] & inside
-    byte = tl.load(packed + pair[:, None] * d_c + channel[None, :], mask=there, other=0)
-    byte = byte.reshape(T // SIZE, SIZE // 2, channel.shape[0])
-    wide = step.to(tl.float32)[:, None, :]
-    even = (byte & 15).to(tl.float32) * wide + low                          # (T/32, 16, CHANNELS)
-    odd = (byte >> 4).to(tl.float32) * wide + low
-    return (even.reshape(T // 2, channel.shape[0]).to(step.dtype),
-            odd.reshape(T // 2, channel.shape[0]).to(step.dtype))
+
+@triton.jit
+def load_codes(packed, row, stop, channel, d_c: tl.constexpr, T: tl.constexpr):
+    """The bytes (T/2, CHANNELS) that hold the codes of tokens row .. row + T - 1, below stop."""
+    pair = tl.arange(0, T // 2) + row // 2
+    inside = (pair * 2 < stop)[:, None] & (channel < d_c)[None, :]
+    return tl.load(packed + pair[:, None] * d_c + channel[None, :], mask=inside, other=0)
+
+
+@triton.jit
+def unpack_half(code, minimum, scale):
+    """Latents (T/2, CHANNELS) of every other token from its codes, one to a byte."""
+    HALF: tl.constexpr = SIZE // 2
+    groups: tl.constexpr = code.shape[0] // HALF
+    # 0x4B000000 | code are the bits of 2^23 + code: faster than a conversion, and as exact.
+    wide = (code.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    wide = wide.reshape(groups, HALF, code.shape[1])
+    c = wide * scale.to(tl.float32)[:, None, :] + minimum.to(tl.float32)[:, None, :]
+    return c.reshape(code.shape[0], code.shape[1]).to(scale.dtype)
+
+
+@triton.jit
+def unpack(byte, minimum, scale):
+    """Latents (T, CHANNELS) from bytes (T/2, CHANNELS), minimum and scale (T/32, CHANNELS)."""
+    even, odd = unpack_half(byte & 15, minimum, scale), unpack_half(byte >> 4, minimum, scale)
+    return tl.join(even, odd).permute(0, 2, 1).reshape(2 * byte.shape[0], byte.shape[1])
 
 
 # Scores -------------------------------------------------------------------------------------------
 
 @triton.jit
-def unpack_tile(rows, packed, minimum, scale, pending, row, length, d_k: tl.constexpr,
-                T: tl.constexpr, CHANNELS: tl.constexpr):
-    """Write the latents of tokens row .. row + T - 1 to rows (T, d_k), from codes and pending."""
-    stop = length // SIZE * SIZE
-    pair, late = tl.arange(0, T // 2), tl.arange(0, SIZE)
-    for first in range(0, d_k, CHANNELS):
-        channel = first + tl.arange(0, CHANNELS)
-        inside = (channel < d_k)[None, :]
-        even, odd = unpack(packed, minimum, scale, row, stop, channel, d_k, T)
-        out = rows + (2 * pair)[:, None] * d_k + channel[None, :]           # (T/2, CHANNELS)
-        there = (row + 2 * pair < stop)[:, None] & inside
-        tl.store(out, even, mask=there)
-        tl.store(out + d_k, odd, mask=there)
-        if stop < row + T:                                                  # the last tile
-            new = (stop + late < length)[:, None] & inside
-            at = late[:, None] * d_k + channel[None, :]                     # (32, CHANNELS)
-            x = tl.load(pending + at, mask=new, other=0.0)
-            tl.store(rows + (stop - row) * d_k + at, x, mask=new)
+def score_kernel(scores, q, tiles_of_c, tiles_of_up, cos, sin, position, packed, minimum, scale,
+                 pending, S, first, exact, G: tl.constexpr, R: tl.constexpr, d: tl.constexpr,
+                 d_k: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, CHANNELS: tl.constexpr,
+                 Q: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr):
+    """scores (B, S, H) of q (B, H, d) and of latents c_k (B*S, d_k), or their codes.
 
-
-@triton.jit
-def score_tile(scores, q, c_tiles, c_row, up, cos, sin, b, block, row, length, S, first,
-               G: tl.constexpr, R: tl.constexpr, d: tl.constexpr, d_k: tl.constexpr,
-               T: tl.constexpr, HEADS: tl.constexpr, CHANNELS: tl.constexpr, Q: tl.constexpr,
-               FROM_ROWS: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores of T tokens and a block of HEADS key heads.
-
-    c_tiles yields tiles of latents: a descriptor of (rows, d_k), or pointers (T, 1) if FROM_ROWS.
-    What the products meet is loaded before them, so that its latency is hidden.
+    A program computes one block of key heads for one part of a sequence. tiles_of_c loads tiles
+    (T, CHANNELS) of c_k, tiles_of_up loads tiles (HEADS*d, CHANNELS) of U. Latent 0 belongs to the
+    token at position `first`; `exact` tokens are not latents.
     """
+    block, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     half: tl.constexpr = d // 2
     N: tl.constexpr = HEADS * d
-    n, j, h = row + tl.arange(0, T), tl.arange(0, N), block * HEADS * R + tl.arange(0, Q)
-    at = first + tl.minimum(n, length - 1)                                  # positions
-    at = at[:, None] * d + tl.arange(0, half)[None, :]
-    c, s = tl.load(cos + at), tl.load(sin + at + half)                      # (T, d/2)
+    length = latent_count(position, exact)
+    stop = length // SIZE * SIZE                        # with 4 bits, later tokens are pending
+    span = tl.cdiv(tl.cdiv(length, T), tl.num_programs(1)) * T
+    scores += b * S * (G * R)
+    packed += b * (S // 2) * d_k
+    minimum += b * (S // SIZE) * d_k
+    scale += b * (S // SIZE) * d_k
+    pending += b * SIZE * d_k
+    j, h = tl.arange(0, N), block * HEADS * R + tl.arange(0, Q)
     heads = tl.minimum(G, block * HEADS + HEADS) * R                        # where the block ends
     own = (h[None, :] // R == block * HEADS + j[:, None] // d) & (h < heads)[None, :]
     query = tl.load(q + (b * G * R + h)[None, :] * d + (j % d)[:, None], mask=own, other=0.0)
-    k = tl.zeros((T, N), tl.float32)
-    for channel in range(0, d_k, CHANNELS):
-        if FROM_ROWS:
-            columns = channel + tl.arange(0, CHANNELS)
-            inside = (columns < d_k)[None, :]
-            latents = tl.load(c_tiles + columns[None, :], mask=inside, other=0.0)
-        else:
-            latents = c_tiles.load([c_row, channel])                        # (T, CHANNELS)
-        U = up.load([block * N, channel])                                   # (N, CHANNELS)
-        k = tl.dot(latents, U.T, k, input_precision=PRECISION)              # (T, N)
-    x, y = tl.split(k.reshape(T, HEADS, 2, half).permute(0, 1, 3, 2))       # (T, HEADS, d/2)
-    c, s = c.to(tl.float32)[:, None, :], s.to(tl.float32)[:, None, :]
-    k = tl.join(x * c - y * s, y * c + x * s).permute(0, 1, 3, 2).reshape(T, N)
-    result = tl.dot(k.to(query.dtype), query, input_precision=PRECISION) * d**-0.5
-    out = scores + (b.to(tl.int64) * S + n)[:, None] * (G * R) + h[None, :]  # (T, Q)
-    tl.store(out, result, mask=(n < length)[:, None] & (h < heads)[None, :])
-
-
-@triton.jit
-def score_kernel(scores, q, c_k, tiles_of_c, up, cos, sin, position, packed, minimum, scale,
-                 pending, B, S, first, exact, G: tl.constexpr, R: tl.constexpr, d: tl.constexpr,
-                 d_k: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, CHANNELS: tl.constexpr,
-                 UNPACK: tl.constexpr, Q: tl.constexpr, BITS: tl.constexpr,
-                 PRECISION: tl.constexpr):
-    """scores (B, S, H) of q (B, H, d) and of latents c_k (B, S, d_k) or their codes.
-
-    A program works on one tile after another. With 4 bits, c_k (programs, T, d_k) is where it
-    unpacks a tile; such a small buffer stays in the L2 cache.
-    """
-    length = latent_count(position, exact)
-    tiles = tl.cdiv(length, T)
-    blocks: tl.constexpr = (G + HEADS - 1) // HEADS
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    if BITS == 16:
-        for i in range(program, B * tiles * blocks, programs):
-            block, tile, b = i % blocks, i // blocks % tiles, i // blocks // tiles
-            score_tile(scores, q, tiles_of_c, b * S + tile * T, up, cos, sin, b, block, tile * T,
-                       length, S, first, G, R, d, d_k, T, HEADS, CHANNELS, Q, False, PRECISION)
-    else:
-        rows = c_k + program * T * d_k
-        for i in range(program, B * tiles, programs):
-            tile, b = i % tiles, i // tiles
-            codes, group = packed + b.to(tl.int64) * (S // 2) * d_k, b * (S // SIZE) * d_k
-            tl.debug_barrier()                       # until all warps have read the last tile
-            unpack_tile(rows, codes, minimum + group, scale + group, pending + b * SIZE * d_k,
-                        tile * T, length, d_k, T, UNPACK)
-            tl.debug_barrier()                       # until all warps have written this one
-            pointers = rows + tl.arange(0, T)[:, None] * d_k
-            for block in range(blocks):
-                score_tile(scores, q, pointers, 0, up, cos, sin, b, block, tile * T, length, S,
-                           first, G, R, d, d_k, T, HEADS, CHANNELS, Q, True, PRECISION)
+    for row in range(part * span, tl.minimum(length, part * span + span), T):
+        n, i = row + tl.arange(0, T), tl.arange(0, CHANNELS)
+        at = (first + tl.minimum(n, length - 1))[:, None] * d + tl.arange(0, half)[None, :]
+        c, s = tl.load(cos + at), tl.load(sin + at + half)                  # (T, d/2)
+        if BITS == 4:
+            low, step = load_scales(minimum, scale, row, stop, i, d_k, T)   # (T/32, CHANNELS)
+        k = tl.zeros((T, N), tl.float32)
+        for channel in range(0, d_k, CHANNELS):
+            if BITS == 16:
+                latents = tiles_of_c.load([(b * S + row).to(tl.int32), channel])  # (T, CHANNELS)
+            else:
+                byte = load_codes(packed, row, stop, channel + i, d_k, T)   # (T/2, CHANNELS)
+                latents = unpack(byte, low, step)                           # (T, CHANNELS)
+                low, step = load_scales(minimum, scale, row, stop, channel + CHANNELS + i, d_k, T)
+                if row + T > stop:
+                    late = (n >= stop) & (n < length)
+                    new = tl.load(pending + (n - stop)[:, None] * d_k + (channel + i)[None, :],
+                                  mask=late[:, None] & (channel + i < d_k)[None, :], other=0.0)
+                    latents = tl.where(late[:, None], new, latents)
+            U = tiles_of_up.load([block * N, channel])                      # (N, CHANNELS)
+            k = tl.dot(latents, U.T, k, input_precision=PRECISION)          # (T, N)
+        x, y = tl.split(k.reshape(T, HEADS, 2, half).permute(0, 1, 3, 2))   # (T, HEADS, d/2)
+        c, s = c.to(tl.float32)[:, None, :], s.to(tl.float32)[:, None, :]
+        k = tl.join(x * c - y * s, y * c + x * s).permute(0, 1, 3, 2).reshape(T, N)
+        result = tl.dot(k.to(query.dtype), query, input_precision=PRECISION) * d**-0.5
+        out = scores + n[:, None] * (G * R) + h[None, :]                    # (T, Q)
+        tl.store(out, result, mask=(n < length)[:, None] & (h < heads)[None, :])
 
 
 # Sums of value latents ----------------------------------------------------------------------------
 
 @triton.jit
 def softmax_step(m, l, o, scores, n, stop, c, H: tl.constexpr, PRECISION: tl.constexpr):
-    """Add tokens n with latents c (N, CHANNELS) to m, l (Q,) and o (Q, CHANNELS)."""
-    h = tl.arange(0, m.shape[0])
-    valid = (n < stop)[:, None]
+    """Add tokens n with latents c (T, CHANNELS) to m, l (Q,) and o (Q, CHANNELS)."""
+    h, valid = tl.arange(0, m.shape[0]), (n < stop)[:, None]
     s = tl.load(scores + n[:, None] * H + h[None, :], mask=valid & (h < H)[None, :], other=0.0)
-    s = tl.where(valid, s, float("-inf"))                                   # (N, Q)
+    s = tl.where(valid, s, float("-inf"))                                   # (T, Q)
     new = tl.maximum(m, tl.max(s, 0))
     p, shrink = tl.exp(s - new[None, :]), tl.exp(m - new)
     o = tl.dot(p.to(c.dtype).T, c, o * shrink[:, None], input_precision=PRECISION)
@@ -197,12 +172,13 @@ def value_kernel(sums, maxima, totals, scores, c_v, position, packed, minimum, s
     else:
         full = tl.minimum(stop, length // SIZE * SIZE)
         packed += b * (S // 2) * d_v
-        group = b * (S // SIZE) * d_v
+        minimum += b * (S // SIZE) * d_v
+        scale += b * (S // SIZE) * d_v
         for row in tl.range(start, full, T, num_stages=STAGES):
-            n = row + 2 * tl.arange(0, T // 2)
-            even, odd = unpack(packed, minimum + group, scale + group, row, full, channel, d_v, T)
-            m, l, o = softmax_step(m, l, o, scores, n, full, even, H, PRECISION)
-            m, l, o = softmax_step(m, l, o, scores, n + 1, full, odd, H, PRECISION)
+            low, step = load_scales(minimum, scale, row, full, channel, d_v, T)
+            c = unpack(load_codes(packed, row, full, channel, d_v, T), low, step)
+            n = row + tl.arange(0, T)
+            m, l, o = softmax_step(m, l, o, scores, n, full, c, H, PRECISION)
         if (stop == length) & (full < stop) & (start < stop):
             late = tl.arange(0, SIZE)
             at = (b * SIZE + late)[:, None] * d_v + channel[None, :]        # (32, CHANNELS)
@@ -315,27 +291,39 @@ def processors(x):
 def tile_options(dtype, d):
     """Tile sizes and launch options of score_kernel and of value_kernel, measured on an H100."""
     if dtype.itemsize > 2:                             # float32, for tests
-        return ({"T": 32, "HEADS": max(1, 64 // d), "CHANNELS": 32, "UNPACK": 32, "num_warps": 4,
+        return ({"T": 32, "HEADS": max(1, 64 // d), "CHANNELS": 32, "num_warps": 4,
                  "num_stages": 2, "PRECISION": "ieee"},
                 {"T": 32, "CHANNELS": 32, "num_warps": 4, "STAGES": 2, "PRECISION": "ieee"})
-    return ({"T": 128, "HEADS": max(1, 256 // d), "CHANNELS": 64, "UNPACK": 256, "num_warps": 8,
-             "num_stages": 4, "PRECISION": "tf32"},
-            {"T": 64, "CHANNELS": 128, "num_warps": 4, "STAGES": 4, "PRECISION": "tf32"})
+    return ({"T": 128, "HEADS": max(1, 256 // d), "CHANNELS": 64, "num_warps": 8, "num_stages": 3,
+             "PRECISION": "tf32"},
+            {"T": 128, "CHANNELS": 128, "num_warps": 4, "STAGES": 2, "PRECISION": "tf32"})
+
+
+def even_parts(programs, tiles, slots):
+    """Into how many parts to cut each of `programs` loops over tiles, so that all end together.
+
+    At most `slots` programs run at a time; the result needs the fewest tiles one after another.
+    """
+    def tiles_in_turn(parts):
+        return triton.cdiv(programs * parts, slots) * triton.cdiv(tiles, parts)
+    return min(range(1, tiles + 1), key=tiles_in_turn)
 
 
 def latent_scores(q, keys, up, cos, sin, position, sinks, window, tiles):
     """Scores (B, S, H) in float32 of rotated queries q (B, H, d) and all latents of keys."""
     (B, H, d), (N, d_k), bits = q.shape, up.shape, 16 if len(keys) == 1 else 4
-    G, S, T = N // d, keys[0].shape[1] * (16 // bits if bits == 16 else 2), tiles["T"]
+    G, S, T = N // d, keys[0].shape[1] * (1 if bits == 16 else 2), tiles["T"]
     tiles = tiles | {"HEADS": min(tiles["HEADS"], power(G))}
-    programs = processors(q)
-    scores = q.new_empty(B, S, H, dtype=torch.float32)
-    c_k, codes = (keys[0], keys * 4) if bits == 16 else (q.new_empty(programs * T, d_k), keys)
-    tiles_of_c = TensorDescriptor(c_k, [c_k.numel() // d_k, d_k], [d_k, 1], [T, tiles["CHANNELS"]])
     tiles_of_up = TensorDescriptor(up, [N, d_k], [up.stride(0), 1],
                                    [tiles["HEADS"] * d, tiles["CHANNELS"]])
-    score_kernel[(programs,)](
-        scores, q, c_k, tiles_of_c, tiles_of_up, cos, sin, position, *codes, B, S, sinks,
+    tiles_of_c = tiles_of_up                           # not used with 4 bits
+    if bits == 16:
+        tiles_of_c = TensorDescriptor(keys[0], [B * S, d_k], [d_k, 1], [T, tiles["CHANNELS"]])
+    blocks = triton.cdiv(G, tiles["HEADS"])
+    parts = even_parts(B * blocks, triton.cdiv(S, T), processors(q))
+    scores = q.new_empty(B, S, H, dtype=torch.float32)
+    score_kernel[(blocks, parts, B)](
+        scores, q, tiles_of_c, tiles_of_up, cos, sin, position, *(keys * 4)[:4], S, sinks,
         sinks + window, G=G, R=H // G, d=d, d_k=d_k, Q=power(tiles["HEADS"] * (H // G), 16),
         BITS=bits, **tiles)
     return scores
@@ -349,9 +337,9 @@ def sum_latents(q, scores, values, position, exact, tiles):
     parts = max(1, min(2 * processors(q) // (B * blocks), S // (4 * tiles["T"])))
     sums = q.new_empty(B, parts, H, d_v, dtype=torch.float32)
     maxima, totals = q.new_empty(2, B, parts, H, dtype=torch.float32)
-    codes = values * 4 if bits == 16 else values
     value_kernel[(blocks, parts, B)](
-        sums, maxima, totals, scores, values[0], position, *codes, S, exact, H=H, d_v=d_v,
+        sums, maxima, totals, scores, values[0], position, *(values * 4)[:4], S, exact, H=H,
+        d_v=d_v,
         Q=power(H, 16), BITS=bits, **tiles | {"CHANNELS": channels})
     return sums, maxima, totals
 
