@@ -3,8 +3,8 @@
 One new token in each of B sequences attends to tokens whose keys and values are stored as latents
 c_k and c_v, in 16 bits or as packed 4-bit codes, and to a few exact tokens (sinks and window):
 
-    score_kernel    for each block of key heads, for each tile of T tokens:
-                        C = latents of the tile (T, d_k); 4-bit codes are unpacked in registers
+    score_kernel    for each tile of T tokens, for each block of key heads:
+                        C = latents of the tile (T, d_k); 4-bit codes are unpacked once per tile
                         K = C U^T (T, heads * d), rotated in registers to the tokens' positions
                         scores = K q / sqrt(d) (T, query heads)
     value_kernel    for each block of channels of c_v, for each tile of tokens:
@@ -38,97 +38,118 @@ def latent_count(position, exact):
 
 
 @triton.jit
-def load_scales(minimum, scale, row, stop, channel, d_c: tl.constexpr, T: tl.constexpr):
-    """minimum and scale (T/32, CHANNELS) of the groups of tokens row .. row + T - 1, below stop."""
-    group = tl.arange(0, T // SIZE) + row // SIZE
+def unpack(packed, minimum, scale, row, stop, channel, d_c: tl.constexpr, T: tl.constexpr):
+    """Latents (T/2, CHANNELS) of tokens row, row + 2, ... and of tokens row + 1, row + 3, ...
+
+    packed (S/2, d_c), minimum and scale (S/32, d_c) belong to one sequence. row and stop, where
+    the codes end, are multiples of 32.
+    """
+    CHANNELS: tl.constexpr = channel.shape[0]
+    pair, group = tl.arange(0, T // 2) + row // 2, tl.arange(0, T // SIZE) + row // SIZE
     inside = (group * SIZE < stop)[:, None] & (channel < d_c)[None, :]
-    at = group[:, None] * d_c + channel[None, :]
-    return (tl.load(minimum + at, mask=inside, other=0.0),
-            tl.load(scale + at, mask=inside, other=0.0))
-
-
-@triton.jit
-def load_codes(packed, row, stop, channel, d_c: tl.constexpr, T: tl.constexpr):
-    """The bytes (T/2, CHANNELS) that hold the codes of tokens row .. row + T - 1, below stop."""
-    pair = tl.arange(0, T // 2) + row // 2
+    at = group[:, None] * d_c + channel[None, :]                            # (T/32, CHANNELS)
+    low = tl.load(minimum + at, mask=inside, other=0.0)[:, None, :]
+    step = tl.load(scale + at, mask=inside, other=0.0)[:, None, :]
     inside = (pair * 2 < stop)[:, None] & (channel < d_c)[None, :]
-    return tl.load(packed + pair[:, None] * d_c + channel[None, :], mask=inside, other=0)
-
-
-@triton.jit
-def unpack_half(code, minimum, scale):
-    """Latents (T/2, CHANNELS) of every other token from its codes, one to a byte."""
-    HALF: tl.constexpr = SIZE // 2
-    groups: tl.constexpr = code.shape[0] // HALF
-    # 0x4B000000 | code are the bits of 2^23 + code: faster than a conversion, and as exact.
-    wide = (code.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-    wide = wide.reshape(groups, HALF, code.shape[1])
-    c = wide * scale.to(tl.float32)[:, None, :] + minimum.to(tl.float32)[:, None, :]
-    return c.reshape(code.shape[0], code.shape[1]).to(scale.dtype)
-
-
-@triton.jit
-def unpack(byte, minimum, scale):
-    """Latents (T, CHANNELS) from bytes (T/2, CHANNELS), minimum and scale (T/32, CHANNELS)."""
-    even, odd = unpack_half(byte & 15, minimum, scale), unpack_half(byte >> 4, minimum, scale)
-    return tl.join(even, odd).permute(0, 2, 1).reshape(2 * byte.shape[0], byte.shape[1])
+    byte = tl.load(packed + pair[:, None] * d_c + channel[None, :], mask=inside, other=0)
+    byte = byte.reshape(T // SIZE, SIZE // 2, CHANNELS)                     # (T/32, 16, CHANNELS)
+    even, odd = (byte & 15).to(step.dtype) * step + low, (byte >> 4).to(step.dtype) * step + low
+    return even.reshape(T // 2, CHANNELS), odd.reshape(T // 2, CHANNELS)
 
 
 # Scores -------------------------------------------------------------------------------------------
 
 @triton.jit
-def score_kernel(scores, q, tiles_of_c, tiles_of_up, cos, sin, position, packed, minimum, scale,
-                 pending, S, first, exact, G: tl.constexpr, R: tl.constexpr, d: tl.constexpr,
-                 d_k: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, CHANNELS: tl.constexpr,
-                 Q: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr):
-    """scores (B, S, H) of q (B, H, d) and of latents c_k (B*S, d_k), or their codes.
+def unpack_tile(rows, packed, minimum, scale, pending, row, length, d_k: tl.constexpr,
+                T: tl.constexpr, CHANNELS: tl.constexpr):
+    """Write the latents of tokens row .. row + T - 1 to rows (T, d_k), from codes and pending."""
+    stop = length // SIZE * SIZE
+    pair, late = tl.arange(0, T // 2), tl.arange(0, SIZE)
+    for start in range(0, d_k, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        inside = (channel < d_k)[None, :]
+        even, odd = unpack(packed, minimum, scale, row, stop, channel, d_k, T)
+        out = rows + (2 * pair)[:, None] * d_k + channel[None, :]           # (T/2, CHANNELS)
+        there = (row + 2 * pair < stop)[:, None] & inside
+        tl.store(out, even, mask=there)
+        tl.store(out + d_k, odd, mask=there)
+        if stop < row + T:                                                  # the last tile
+            new = (stop + late < length)[:, None] & inside
+            at = late[:, None] * d_k + channel[None, :]                     # (32, CHANNELS)
+            x = tl.load(pending + at, mask=new, other=0.0)
+            tl.store(rows + (stop - row) * d_k + at, x, mask=new)
 
-    A program computes one block of key heads for one part of a sequence. tiles_of_c loads tiles
-    (T, CHANNELS) of c_k, tiles_of_up loads tiles (HEADS*d, CHANNELS) of U. Latent 0 belongs to the
-    token at position `first`; `exact` tokens are not latents.
+
+@triton.jit
+def score_tile(scores, q, tiles_of_c, rows, row_of_c, tiles_of_up, cos, sin, block, row, length,
+               first, G: tl.constexpr, R: tl.constexpr, d: tl.constexpr, d_k: tl.constexpr,
+               T: tl.constexpr, HEADS: tl.constexpr, CHANNELS: tl.constexpr, Q: tl.constexpr,
+               BITS: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores of T tokens and of one block of HEADS key heads of a sequence.
+
+    The latents are loaded from row_of_c on as tiles (16 bits), or from rows (T, d_k) (4 bits).
+    What the products meet is loaded before them, so that its latency is hidden.
     """
-    block, part, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     half: tl.constexpr = d // 2
     N: tl.constexpr = HEADS * d
-    length = latent_count(position, exact)
-    stop = length // SIZE * SIZE                        # with 4 bits, later tokens are pending
-    span = tl.cdiv(tl.cdiv(length, T), tl.num_programs(1)) * T
-    scores += b * S * (G * R)
-    packed += b * (S // 2) * d_k
-    minimum += b * (S // SIZE) * d_k
-    scale += b * (S // SIZE) * d_k
-    pending += b * SIZE * d_k
-    j, h = tl.arange(0, N), block * HEADS * R + tl.arange(0, Q)
+    n, j, h = row + tl.arange(0, T), tl.arange(0, N), block * HEADS * R + tl.arange(0, Q)
+    at = (first + tl.minimum(n, length - 1))[:, None] * d + tl.arange(0, half)[None, :]
+    c, s = tl.load(cos + at), tl.load(sin + at + half)                      # (T, d/2)
     heads = tl.minimum(G, block * HEADS + HEADS) * R                        # where the block ends
     own = (h[None, :] // R == block * HEADS + j[:, None] // d) & (h < heads)[None, :]
-    query = tl.load(q + (b * G * R + h)[None, :] * d + (j % d)[:, None], mask=own, other=0.0)
-    for row in range(part * span, tl.minimum(length, part * span + span), T):
-        n, i = row + tl.arange(0, T), tl.arange(0, CHANNELS)
-        at = (first + tl.minimum(n, length - 1))[:, None] * d + tl.arange(0, half)[None, :]
-        c, s = tl.load(cos + at), tl.load(sin + at + half)                  # (T, d/2)
-        if BITS == 4:
-            low, step = load_scales(minimum, scale, row, stop, i, d_k, T)   # (T/32, CHANNELS)
-        k = tl.zeros((T, N), tl.float32)
-        for channel in range(0, d_k, CHANNELS):
-            if BITS == 16:
-                latents = tiles_of_c.load([(b * S + row).to(tl.int32), channel])  # (T, CHANNELS)
-            else:
-                byte = load_codes(packed, row, stop, channel + i, d_k, T)   # (T/2, CHANNELS)
-                latents = unpack(byte, low, step)                           # (T, CHANNELS)
-                low, step = load_scales(minimum, scale, row, stop, channel + CHANNELS + i, d_k, T)
-                if row + T > stop:
-                    late = (n >= stop) & (n < length)
-                    new = tl.load(pending + (n - stop)[:, None] * d_k + (channel + i)[None, :],
-                                  mask=late[:, None] & (channel + i < d_k)[None, :], other=0.0)
-                    latents = tl.where(late[:, None], new, latents)
-            U = tiles_of_up.load([block * N, channel])                      # (N, CHANNELS)
-            k = tl.dot(latents, U.T, k, input_precision=PRECISION)          # (T, N)
-        x, y = tl.split(k.reshape(T, HEADS, 2, half).permute(0, 1, 3, 2))   # (T, HEADS, d/2)
-        c, s = c.to(tl.float32)[:, None, :], s.to(tl.float32)[:, None, :]
-        k = tl.join(x * c - y * s, y * c + x * s).permute(0, 1, 3, 2).reshape(T, N)
-        result = tl.dot(k.to(query.dtype), query, input_precision=PRECISION) * d**-0.5
-        out = scores + n[:, None] * (G * R) + h[None, :]                    # (T, Q)
-        tl.store(out, result, mask=(n < length)[:, None] & (h < heads)[None, :])
+    query = tl.load(q + h[None, :] * d + (j % d)[:, None], mask=own, other=0.0)     # (N, Q)
+    k = tl.zeros((T, N), tl.float32)
+    for channel in range(0, d_k, CHANNELS):
+        if BITS == 16:
+            latents = tiles_of_c.load([row_of_c, channel])                  # (T, CHANNELS)
+        else:
+            columns = channel + tl.arange(0, CHANNELS)[None, :]
+            t = tl.arange(0, T)[:, None]
+            latents = tl.load(rows + t * d_k + columns, mask=columns < d_k, other=0.0)
+        U = tiles_of_up.load([block * N, channel])                          # (N, CHANNELS)
+        k = tl.dot(latents, U.T, k, input_precision=PRECISION)              # (T, N)
+    x, y = tl.split(k.reshape(T, HEADS, 2, half).permute(0, 1, 3, 2))       # (T, HEADS, d/2)
+    c, s = c.to(tl.float32)[:, None, :], s.to(tl.float32)[:, None, :]
+    k = tl.join(x * c - y * s, y * c + x * s).permute(0, 1, 3, 2).reshape(T, N)
+    result = tl.dot(k.to(query.dtype), query, input_precision=PRECISION) * d**-0.5
+    out = scores + n[:, None] * (G * R) + h[None, :]                        # (T, Q)
+    tl.store(out, result, mask=(n < length)[:, None] & (h < heads)[None, :])
+
+
+@triton.jit
+def score_kernel(scores, q, tiles_of_c, rows, tiles_of_up, cos, sin, position, packed, minimum,
+                 scale, pending, S, first, exact, G: tl.constexpr, R: tl.constexpr,
+                 d: tl.constexpr, d_k: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr,
+                 CHANNELS: tl.constexpr, UNPACK: tl.constexpr, Q: tl.constexpr,
+                 BITS: tl.constexpr, PRECISION: tl.constexpr):
+    """scores (B, S, H) of q (B, H, d) and of latents c_k (B*S, d_k), or their codes.
+
+    A program works on one part of a sequence. With 16 bits it computes one block of key heads, from
+    tiles of c_k. With 4 bits it unpacks a tile and computes all blocks from it; rows (programs, T,
+    d_k) is memory for one tile per program, which stays in the L2 cache. Latent 0 belongs to the
+    token at position `first`; `exact` tokens are not latents.
+    """
+    part, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    length = latent_count(position, exact)
+    span = tl.cdiv(tl.cdiv(length, T), tl.num_programs(1)) * T
+    start, stop = part * span, tl.minimum(length, part * span + span)
+    scores, q = scores + b * S * (G * R), q + b * (G * R) * d
+    if BITS == 16:
+        for row in range(start, stop, T):
+            score_tile(scores, q, tiles_of_c, rows, (b * S).to(tl.int32) + row, tiles_of_up, cos,
+                       sin, tl.program_id(0), row, length, first, G, R, d, d_k, T, HEADS, CHANNELS,
+                       Q, BITS, PRECISION)
+    else:
+        rows += (b * tl.num_programs(1) + part) * T * d_k
+        packed, pending = packed + b * (S // 2) * d_k, pending + b * SIZE * d_k
+        minimum, scale = minimum + b * (S // SIZE) * d_k, scale + b * (S // SIZE) * d_k
+        for row in range(start, stop, T):
+            tl.debug_barrier()                       # until all warps have read the last tile
+            unpack_tile(rows, packed, minimum, scale, pending, row, length, d_k, T, UNPACK)
+            tl.debug_barrier()                       # until all warps have written this one
+            for block in range((G + HEADS - 1) // HEADS):
+                score_tile(scores, q, tiles_of_c, rows, 0, tiles_of_up, cos, sin, block, row,
+                           length, first, G, R, d, d_k, T, HEADS, CHANNELS, Q, BITS, PRECISION)
 
 
 # Sums of value latents ----------------------------------------------------------------------------
@@ -171,18 +192,17 @@ def value_kernel(sums, maxima, totals, scores, c_v, position, packed, minimum, s
             m, l, o = softmax_step(m, l, o, scores, n, stop, c, H, PRECISION)
     else:
         full = tl.minimum(stop, length // SIZE * SIZE)
-        packed += b * (S // 2) * d_v
-        minimum += b * (S // SIZE) * d_v
-        scale += b * (S // SIZE) * d_v
+        packed, pending = packed + b * (S // 2) * d_v, pending + b * SIZE * d_v
+        minimum, scale = minimum + b * (S // SIZE) * d_v, scale + b * (S // SIZE) * d_v
         for row in tl.range(start, full, T, num_stages=STAGES):
-            low, step = load_scales(minimum, scale, row, full, channel, d_v, T)
-            c = unpack(load_codes(packed, row, full, channel, d_v, T), low, step)
-            n = row + tl.arange(0, T)
-            m, l, o = softmax_step(m, l, o, scores, n, full, c, H, PRECISION)
+            even, odd = unpack(packed, minimum, scale, row, full, channel, d_v, T)
+            n = row + 2 * tl.arange(0, T // 2)
+            m, l, o = softmax_step(m, l, o, scores, n, full, even, H, PRECISION)
+            m, l, o = softmax_step(m, l, o, scores, n + 1, full, odd, H, PRECISION)
         if (stop == length) & (full < stop) & (start < stop):
             late = tl.arange(0, SIZE)
-            at = (b * SIZE + late)[:, None] * d_v + channel[None, :]        # (32, CHANNELS)
-            c = tl.load(pending + at, mask=(full + late < stop)[:, None] & inside, other=0.0)
+            new = (full + late < stop)[:, None] & inside
+            c = tl.load(pending + late[:, None] * d_v + channel[None, :], mask=new, other=0.0)
             m, l, o = softmax_step(m, l, o, scores, full + late, stop, c, H, PRECISION)
     out = (b * parts + part) * H + h
     tl.store(sums + out[:, None] * d_v + channel[None, :], o, mask=(h < H)[:, None] & inside)
@@ -257,7 +277,7 @@ def combine_kernel(latent_sums, exact_sums, sums, maxima, totals, q, cos, sin, p
         channel = start + tl.arange(0, CHANNELS)[None, :]
         inside = mine[:, None] & (channel < d_v)
         total = tl.zeros((Q, CHANNELS), tl.float32)
-        for i in range(parts):
+        for i in tl.range(parts, num_stages=4):
             row = first + i * G * R + r
             weight = tl.exp(tl.load(maxima + row, mask=mine, other=float("-inf")) - m) / l
             total += weight[:, None] * tl.load(sums + row[:, None] * d_v + channel, mask=inside,
@@ -288,15 +308,22 @@ def processors(x):
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
 
 
-def tile_options(dtype, d):
-    """Tile sizes and launch options of score_kernel and of value_kernel, measured on an H100."""
+def tile_options(dtype, d, few=False):
+    """Tile sizes and launch options of score_kernel and of value_kernel, measured on an H100.
+
+    few: whether there are so few tokens that smaller tiles are needed to occupy the device.
+    """
     if dtype.itemsize > 2:                             # float32, for tests
-        return ({"T": 32, "HEADS": max(1, 64 // d), "CHANNELS": 32, "num_warps": 4,
+        return ({"T": 32, "HEADS": max(1, 64 // d), "CHANNELS": 32, "UNPACK": 32, "num_warps": 4,
                  "num_stages": 2, "PRECISION": "ieee"},
                 {"T": 32, "CHANNELS": 32, "num_warps": 4, "STAGES": 2, "PRECISION": "ieee"})
-    return ({"T": 128, "HEADS": max(1, 256 // d), "CHANNELS": 64, "num_warps": 8, "num_stages": 3,
-             "PRECISION": "tf32"},
-            {"T": 128, "CHANNELS": 128, "num_warps": 4, "STAGES": 2, "PRECISION": "tf32"})
+    scores = {"T": 128, "HEADS": max(1, 256 // d), "CHANNELS": 64, "UNPACK": 256, "num_warps": 8,
+              "num_stages": 3, "PRECISION": "tf32"}
+    values = {"T": 128, "CHANNELS": 128, "num_warps": 4, "STAGES": 2, "PRECISION": "tf32"}
+    if few:
+        scores |= {"T": 64, "HEADS": max(1, 128 // d), "UNPACK": 128, "num_warps": 4}
+        values |= {"T": 64}
+    return scores, values
 
 
 def even_parts(programs, tiles, slots):
@@ -314,16 +341,16 @@ def latent_scores(q, keys, up, cos, sin, position, sinks, window, tiles):
     (B, H, d), (N, d_k), bits = q.shape, up.shape, 16 if len(keys) == 1 else 4
     G, S, T = N // d, keys[0].shape[1] * (1 if bits == 16 else 2), tiles["T"]
     tiles = tiles | {"HEADS": min(tiles["HEADS"], power(G))}
+    blocks = triton.cdiv(G, tiles["HEADS"]) if bits == 16 else 1
+    parts = even_parts(B * blocks, triton.cdiv(S, T), processors(q))
+    rows = keys[0] if bits == 16 else q.new_empty(B * parts * T, d_k)
+    scores = q.new_empty(B, S, H, dtype=torch.float32)
+    tiles_of_c = TensorDescriptor(rows, [rows.numel() // d_k, d_k], [d_k, 1],
+                                  [T, tiles["CHANNELS"]])
     tiles_of_up = TensorDescriptor(up, [N, d_k], [up.stride(0), 1],
                                    [tiles["HEADS"] * d, tiles["CHANNELS"]])
-    tiles_of_c = tiles_of_up                           # not used with 4 bits
-    if bits == 16:
-        tiles_of_c = TensorDescriptor(keys[0], [B * S, d_k], [d_k, 1], [T, tiles["CHANNELS"]])
-    blocks = triton.cdiv(G, tiles["HEADS"])
-    parts = even_parts(B * blocks, triton.cdiv(S, T), processors(q))
-    scores = q.new_empty(B, S, H, dtype=torch.float32)
     score_kernel[(blocks, parts, B)](
-        scores, q, tiles_of_c, tiles_of_up, cos, sin, position, *(keys * 4)[:4], S, sinks,
+        scores, q, tiles_of_c, rows, tiles_of_up, cos, sin, position, *(keys * 4)[:4], S, sinks,
         sinks + window, G=G, R=H // G, d=d, d_k=d_k, Q=power(tiles["HEADS"] * (H // G), 16),
         BITS=bits, **tiles)
     return scores
@@ -334,7 +361,7 @@ def sum_latents(q, scores, values, position, exact, tiles):
     (B, S, H), d_v = scores.shape, values[0].shape[-1]
     channels = min(tiles["CHANNELS"], power(d_v, 16))
     blocks, bits = triton.cdiv(d_v, channels), 16 if len(values) == 1 else 4
-    parts = max(1, min(2 * processors(q) // (B * blocks), S // (4 * tiles["T"])))
+    parts = max(1, min(2 * processors(q) // (B * blocks), triton.cdiv(S, 2 * tiles["T"])))
     sums = q.new_empty(B, parts, H, d_v, dtype=torch.float32)
     maxima, totals = q.new_empty(2, B, parts, H, dtype=torch.float32)
     value_kernel[(blocks, parts, B)](
@@ -370,7 +397,9 @@ def attend_latents(q: torch.Tensor, keys: list[torch.Tensor], values: list[torch
     Returns normalized sums of value latents (B, H, d_v) and of exact values (B, H, d or 0).
     """
     q = q.contiguous()
-    score_tiles, value_tiles = tile_options(q.dtype, q.shape[-1])
+    tokens = len(q) * keys[0].shape[1] * (1 if len(keys) == 1 else 2)
+    few = tokens < 32 * processors(q)
+    score_tiles, value_tiles = tile_options(q.dtype, q.shape[-1], few)
     scores = latent_scores(q, keys, up, cos, sin, position, sinks, window, score_tiles)
     parts = sum_latents(q, scores, values, position, sinks + window, value_tiles)
     return combine(q, *parts, up.shape[0] // q.shape[-1], cos, sin, position, exact, sinks, window)
