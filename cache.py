@@ -1,46 +1,44 @@
-"""What the model remembers: three caches with one contract (Secs. 3, 4.1 and App. C; CSKV).
+"""What the model remembers: three KV caches, and one attention over the parts they hold.
 
-A cache serves one layer. It is made for B sequences of at most `capacity` tokens, and its buffers
-are allocated then, once. `attend(q, k, v, rope)` takes T new tokens, not yet rotated,
+A cache serves one layer. It is made for B sequences of at most `capacity` tokens. Its method
+`attend(q, k, v, rope)` takes queries q (B, T, H, d), keys and values k, v (B, T, G, d) of T new
+tokens, before rotation, stores keys and values, and returns causal attention (B, T, H, d) over
+everything stored. H counts the query heads, G the key and value heads, d is the size of a head.
 
-    q (B, T, H, d),  k and v (B, T, G, d)  ->  (B, T, H, d)
+Stored tokens form parts, exact or low-rank. The function `attend` computes one softmax over all:
 
-stores their keys and values, and answers with causal attention over everything stored. What is
-stored comes in parts, exact or low-rank, and `attend` below puts one softmax over all of them:
+    cache             parts                                    numbers per token
+    FullCache         Exact                                    2 * G*d
+    CompressedCache   LowRank                                  d_k + d_v
+    BiBranchCache     Exact sinks, Exact window, LowRank rest  d_k + d_v (16 or 4 bits each)
 
-    FullCache         [Exact]                              2 * G*d numbers a token
-    CompressedCache   [LowRank]                            d_k + d_v
-    BiBranchCache     [Exact sinks, Exact window, LowRank] d_k + d_v, or 4 bits each, and the exact
+In a low-rank part a key k and a value v are stored as latents c_k and c_v, of d_k and d_v numbers:
 
     k --- down ---> [ c_k ] --- up ---> k~ --- rope ---> q . k~ --- softmax ---> p
-    v --- down ---> [ c_v ] ------------- p . c_v, one latent for each head ------------ up ---> o
-
-A basis is a pair: `down` (d_c, G*d) makes the latent, `up` (G*d, d_c) expands it. In the papers'
-closed forms up = U has orthonormal columns and down = U^T.
-
-Does NOT include: eviction of tokens, paging, sequences of different lengths in one batch, or the
-fixed-shape step that --compile compiles (runtime/fast.py, tested equal to these).
+    v --- down ---> [ c_v ] ------------------- sum of p c_v, for each head ------ up ---> output
 """
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import einsum
 
-BLOCK = {"cpu": 2**22, "cuda": 2**26}      # bytes of keys that are rebuilt at a time
-GROUP = 32                                 # tokens that share one scale and minimum in 4 bits
+GROUP = 32                  # tokens that share one minimum and one scale when latents have 4 bits
+REBUILT_BYTES = {"cpu": 2**22, "cuda": 2**26}    # of keys that are rebuilt at a time, per block
 
 
-# Eq. 1 -------------------------------------------------------------------------------------------
+# Eq. 1: attention --------------------------------------------------------------------------------
 
 def attention(q, k, v, mask=None):
-    """Eq. 1: q (B, T, H, d), k and v (B, S, G, d) -> (B, T, H, d).
+    """Causal attention, Eq. 1: q (B, T, H, d), k and v (B, S, G, d) -> (B, T, H, d).
 
-    Query t sees the keys in mask (T, S); without one, the queries are the last T of S tokens.
+    mask (T, S) is true where a query may see a key. Without it, the queries are the last T tokens.
     """
     T, S, G = q.shape[1], k.shape[1], k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if T == 1 and q.device.type == "cpu":       # a group's heads as queries: each key is read once
+    if T == 1 and q.device.type == "cpu":
+        # The heads of a group are passed as queries, so that the kernel reads each key only once.
         q = q.unflatten(1, (G, -1)).squeeze(3)                                # (B, G, H/G, d)
         return F.scaled_dot_product_attention(q, k, v, mask).flatten(1, 2)[:, None]
     causal = mask is None and T == S > 1
@@ -51,383 +49,383 @@ def attention(q, k, v, mask=None):
 
 
 def scores(q, k):
-    """q . k / sqrt(d): q (B, T, H, d), k (B, S, G, d) -> (B, T, H, S)."""
+    """Scaled dot products q . k / sqrt(d): q (B, T, H, d), k (B, S, G, d) -> (B, T, H, S)."""
     q = q.unflatten(2, (k.shape[2], -1)) * q.shape[-1] ** -0.5               # (B, T, G, H/G, d)
     return einsum("btgrd,bsgd->btgrs", q, k).flatten(2, 3)
 
 
-def mix(p, v):
-    """p (B, T, H, S) over values v (B, S, G, d) -> (B, T, H, d)."""
+def weighted_sum(p, v):
+    """Sum of values v (B, S, G, d) with weights p (B, T, H, S) -> (B, T, H, d)."""
     return einsum("btgrs,bsgd->btgrd", p.unflatten(2, (v.shape[2], -1)), v).flatten(2, 3)
 
 
 def softmax(s, axis=-1):
-    """In float32 at least."""
+    """Softmax computed in float32 or wider, returned in the dtype of s."""
     return s.softmax(axis, dtype=torch.promote_types(s.dtype, torch.float32)).to(s.dtype)
 
 
-# Sec. 4.1, App. C: a low-rank map ----------------------------------------------------------------
+# Sec. 4.1: a low-rank map ------------------------------------------------------------------------
 
-class Basis(NamedTuple):
-    """The low-rank map of keys or of values in one layer: c = down k, k~ = up c.
+@dataclass(eq=False)
+class Basis:
+    """The low-rank map of one layer's keys or values: latent c = down k, approximation k~ = up c.
 
-    `turns` is for a map that commutes with the rotation: the component of a head that each number
-    of a latent turns with. Then latents are cached rotated and no key is rebuilt.
+    In LoRC up = U has orthonormal columns and down = U^T; c is the paper's X(Sigma V^T)^T.
     """
 
     down: torch.Tensor                    # (d_c, G*d)
     up: torch.Tensor                      # (G*d, d_c)
-    turns: torch.Tensor | None = None     # (d_c,), each in 0 .. d-1
 
     @property
     def d_c(self) -> int:
         return self.down.shape[0]
 
-    def shrink(self, x):
-        """x (B, T, G, d) -> latents (B, T, d_c): U^T k, the paper's X(Sigma V^T)^T."""
+    def project(self, x):
+        """Keys or values x (B, T, G, d) -> latents (B, T, d_c)."""
         return F.linear(x.flatten(2), self.down)
 
-    def expand(self, c, d):
-        """Latents (B, S, d_c) -> k~ (B, S, G, d): all KV heads first, then the groups [E3]."""
+    def reconstruct(self, c, d):
+        """Latents c (B, S, d_c), shared by all heads [E3] -> keys or values (B, S, G, d)."""
         return F.linear(c, self.up).unflatten(-1, (-1, d))
 
-    def latents(self, k, rope, at):
-        """What is cached of keys k (B, T, G, d), not rotated, at places `at`: (B, T, d_c)."""
-        c = self.shrink(k)
-        return c if self.turns is None else rope(c[:, :, None], at, self.turns)[:, :, 0]
-
-    def keys(self, c, rope, at, d):
-        """k~ (B, S, G, d), rotated, of the cached latents of places `at`."""
-        return self.expand(c, d) if self.turns is not None else rope(self.expand(c, d), at)
-
-    def scores(self, q, c, rope, at):
-        """q . k~ / sqrt(d): q (B, T, H, d), rotated, and cached c (B, S, d_c) -> (B, T, H, S).
-
-        In a basis that commutes U goes to the query, as App. C wants; otherwise k~ is rebuilt.
-        """
-        if self.turns is None:
-            return scores(q, self.keys(c, rope, at, q.shape[-1]))
-        return einsum("bthc,bsc->bths", self.fold(q), c)
-
-    def fold(self, q):
-        """U^T q / sqrt(d): q (B, T, H, d), rotated -> (B, T, H, d_c). App. C, where it is right."""
-        d = q.shape[-1]
-        U = self.up.unflatten(0, (-1, d))                            # (G, d, d_c)
-        q = q.unflatten(2, (len(U), -1)) * d**-0.5
-        return einsum("btgrd,gdc->btgrc", q, U).flatten(2, 3)
-
-    def heads(self, o, d):
-        """Mixed latents (B, T, H, d_c) -> (B, T, H, d): Eq. 9, head i with its rows of U [E2]."""
+    def reconstruct_heads(self, o, d):
+        """Eq. 9: sums of latents (B, T, H, d_c) -> (B, T, H, d); a head uses its rows of U [E2]."""
         U = self.up.unflatten(0, (-1, d))                            # (G, d, d_c)
         o = o.unflatten(2, (U.shape[0], -1))                         # (B, T, G, H/G, d_c)
         return einsum("btgrc,gdc->btgrd", o, U).flatten(2, 3)
 
-    def block(self, B):
-        """How many tokens' keys are rebuilt at a time, a multiple of GROUP: on a CPU so few that
-        they stay in its cache until they have met the query."""
-        size = BLOCK.get(self.up.device.type, BLOCK["cuda"]) // (B * self.up[:, 0].nbytes)
-        return max(1, size // GROUP) * GROUP
+    def cached_latents(self, k, rope, positions):
+        """The latents that are stored for keys k (B, T, G, d) before rotation: (B, T, d_c)."""
+        return self.project(k)
+
+    def rotated_keys(self, c, rope, positions, d):
+        """Stored latents c (B, S, d_c) of tokens at `positions` -> rotated keys k~ (B, S, G, d)."""
+        return rope(self.reconstruct(c, d), positions)
+
+    def scores(self, q, c, rope, positions):
+        """Rotated queries q (B, T, H, d) and stored latents (B, S, d_c) -> scores (B, T, H, S).
+
+        App. C folds U into q instead, which is wrong: the rotation stands between U and the cached
+        key, and it depends on the key's position [E4]."""
+        return scores(q, self.rotated_keys(c, rope, positions, q.shape[-1]))
 
 
-# Parts of a cache, and one softmax over them -----------------------------------------------------
+# The parts of a cache, and one softmax over them --------------------------------------------------
 
 class Exact(NamedTuple):
-    """Keys, rotated, and values as they came, (B, S, G, d)."""
-
+    """Rotated keys and values of some tokens, each (B, S, G, d)."""
     k: torch.Tensor
     v: torch.Tensor
 
     def scores(self, q):
         return scores(q, self.k)
 
-    @property
-    def size(self) -> int:
-        return self.k.shape[1]
+    def weighted_values(self, p, d):
+        return weighted_sum(p, self.v)
 
-    def mix(self, p, d):
-        return mix(p, self.v)
-
-    def whole(self, d):
+    def materialize(self, d):
         return self.k, self.v
 
 
 class LowRank(NamedTuple):
-    """Latents of the tokens at places `at`, in any store that can `read` a span of them.
+    """Latents of the tokens at `positions`, in a store that can `read` any span of them.
 
-    The rotation stands between U_k and the cached key and depends on that key's position, so U_k
-    cannot be folded into the query (Eq. 7 fails, [E4]) unless it commutes with the rotation: keys
-    are rebuilt, then rotated. Nothing stands between U_v and the values: latents are mixed, the
-    mixture expanded (Eq. 9, [E5], [E18]).
+    Keys are rebuilt block by block, because Eq. 7 is impossible under rotation [E4]. Values are not
+    rotated: their latents are summed first, and only the sum is expanded (Eq. 9). Weights stay as
+    they are: W_q or W_o multiplied by U would be larger than before [E5], and multiplying the query
+    by U costs more than rebuilding the keys [E18].
     """
 
     K: Basis
     V: Basis
-    c_k: "Latents | Latents4"
-    c_v: "Latents | Latents4"
+    c_k: "Latents | QuantizedLatents"
+    c_v: "Latents | QuantizedLatents"
     rope: object
-    at: slice
-
-    @property
-    def size(self) -> int:
-        return self.at.stop - self.at.start
+    positions: slice
 
     def blocks(self, B):
-        """(span in the store, its places) of every block of tokens."""
-        start, step = self.at.start, self.K.block(B)
-        for i in range(0, self.size, step):
-            j = min(i + step, self.size)
-            yield slice(i, j), slice(start + i, start + j)
+        """Yield (span within the store, positions) of blocks of a multiple of GROUP tokens."""
+        limit = REBUILT_BYTES.get(self.K.up.device.type, 2**26)
+        step = max(1, limit // (B * self.K.up[:, 0].nbytes) // GROUP) * GROUP
+        start, stop = self.positions.start, self.positions.stop
+        for i in range(start, max(stop, start + 1), step):           # an empty part is one block
+            j = min(i + step, stop)
+            yield slice(i - start, j - start), slice(i, j)
 
     def scores(self, q):
-        return torch.cat([self.K.scores(q, self.c_k.read(span), self.rope, at)
-                          for span, at in self.blocks(len(q))], -1)
+        return torch.cat([self.K.scores(q, self.c_k.read(span), self.rope, positions)
+                          for span, positions in self.blocks(len(q))], -1)
 
-    def mix(self, p, d):
-        mixed = sum(einsum("bths,bsc->bthc", p[..., span], self.c_v.read(span))
-                    for span, _ in self.blocks(len(p)))
-        return self.V.heads(mixed, d)
+    def weighted_values(self, p, d):
+        sums = [einsum("bths,bsc->bthc", p[..., span], self.c_v.read(span))
+                for span, _ in self.blocks(len(p))]
+        return self.V.reconstruct_heads(sum(sums), d)
 
-    def whole(self, d):
-        span = slice(0, self.size)
-        return (self.K.keys(self.c_k.read(span), self.rope, self.at, d),
-                self.V.expand(self.c_v.read(span), d))
+    def materialize(self, d):
+        every = slice(0, self.positions.stop - self.positions.start)
+        return (self.K.rotated_keys(self.c_k.read(every), self.rope, self.positions, d),
+                self.V.reconstruct(self.c_v.read(every), d))
 
 
 def attend(q, parts):
-    """Attention of q (B, T, H, d), rotated, over all parts together: one softmax.
+    """Attention of rotated queries q (B, T, H, d) over all parts, with one softmax: Eq. 1.
 
-    A single query meets latents as Eq. 9 has it, and nothing of full width outlives a block. For
-    many queries it is cheaper to rebuild everything once; the last T keys are then their own.
-    """
-    d, parts = q.shape[-1], [part for part in parts if part.size]
+    Several queries, whose own tokens are the last ones, share keys and values rebuilt once."""
+    d = q.shape[-1]
     if q.shape[1] > 1:
-        return attention(q, *(torch.cat(x, 1) for x in zip(*(part.whole(d) for part in parts))))
-    p = softmax(torch.cat([part.scores(q) for part in parts], -1))
-    shares = p.split([part.size for part in parts], -1)
-    return sum(part.mix(share, d) for part, share in zip(parts, shares))
+        keys, values = zip(*(part.materialize(d) for part in parts))
+        return attention(q, torch.cat(keys, 1), torch.cat(values, 1))
+    s = [part.scores(q) for part in parts]
+    p = softmax(torch.cat(s, -1)).split([x.shape[-1] for x in s], -1)
+    return sum(part.weighted_values(weights, d) for part, weights in zip(parts, p))
 
 
-# What parts are stored in ------------------------------------------------------------------------
+# How latents are stored --------------------------------------------------------------------------
 
-class Latents:
-    """A growing list of latents (B, S, d_c), kept as they come."""
+class Buffers:
+    """`nbytes` is the size of all tensors and stores that an object holds as attributes."""
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in vars(self).values() if hasattr(x, "nbytes"))
+
+
+class Latents(Buffers):
+    """A growing list of latents (B, S, d_c) in the dtype of the basis."""
 
     def __init__(self, B, capacity, d_c, like):
-        self.n, self.c = 0, like.new_zeros(B, capacity, d_c)
+        self.length, self.c = 0, like.new_zeros(B, capacity, d_c)
 
     def append(self, c):
-        self.c[:, self.n:self.n + c.shape[1]] = c
-        self.n += c.shape[1]
+        self.c[:, self.length:self.length + c.shape[1]] = c
+        self.length += c.shape[1]
 
     def read(self, span):
         return self.c[:, span]
 
-    @property
-    def nbytes(self) -> int:
-        return self.c.nbytes
+
+def affine_codes(c, bits=4):
+    """Round latents c (B, 32*j, d_c) to `bits` bits.
+
+    Returns codes (B, j, 32, d_c), minimum and scale (B, j, 1, d_c): c is about codes * scale +
+    minimum. Each channel has its own minimum and scale in each group of 32 tokens, because channels
+    differ in scale and tokens do not. CSKV's code clamps the zero point to [0, 15], which destroys
+    groups far from zero; here the minimum is a floating-point number [E31].
+    """
+    groups = c.unflatten(1, (-1, GROUP))                                     # (B, j, 32, d_c)
+    minimum = groups.amin(2, keepdim=True)
+    scale = (groups.amax(2, keepdim=True) - minimum) / (2**bits - 1)
+    codes = ((groups - minimum) / scale.where(scale > 0, 1)).round().clamp(0, 2**bits - 1)
+    return codes, minimum, scale
 
 
 def quantize(c):
-    """Latents (B, 32*j, d_c) -> codes (B, 16*j, d_c), two to a byte, minimum, step (B, j, 1, d_c).
-
-    Per channel, in groups of 32 tokens: channels differ in scale, tokens do not. The minimum is a
-    number like any other; CSKV's code clamps it so that a group away from zero is lost [E31].
-    """
-    groups = c.unflatten(1, (-1, GROUP))                                     # (B, j, 32, d_c)
-    low = groups.amin(2, keepdim=True)
-    step = (groups.amax(2, keepdim=True) - low) / 15
-    codes = ((groups - low) / step.where(step > 0, 1)).round().clamp(0, 15)
+    """Latents c (B, 32*j, d_c) as 4-bit codes, two tokens to a byte: packed (B, 16*j, d_c), uint8,
+    minimum and scale (B, j, 1, d_c). The first of two tokens is in the low half of the byte."""
+    codes, minimum, scale = affine_codes(c)
     codes = codes.flatten(1, 2).to(torch.uint8)
-    return codes[:, ::2] | codes[:, 1::2] << 4, low, step
+    return codes[:, ::2] | codes[:, 1::2] << 4, minimum, scale
 
 
-def dequantize(packed, low, step):
-    """The inverse of quantize, to half a step."""
+def dequantize(packed, minimum, scale):
+    """The latents (B, 32*j, d_c) that `quantize` packed, to within half a scale."""
     codes = torch.stack((packed & 15, packed >> 4), 2).flatten(1, 2)
-    return (codes.unflatten(1, (-1, GROUP)) * step + low).flatten(1, 2)
+    return (codes.unflatten(1, (-1, GROUP)) * scale + minimum).flatten(1, 2)
 
 
-def round_trip(c):
-    """Latents (B, S, d_c) as they are read back: full groups of 32 tokens rounded, the rest not."""
-    full = c.shape[1] // GROUP * GROUP
-    return torch.cat((dequantize(*quantize(c[:, :full])), c[:, full:]), 1)
+def round_trip(c, bits=4):
+    """Latents c (B, S, d_c) as they are read back: complete groups of 32 rounded, the rest not."""
+    complete = c.shape[1] // GROUP * GROUP
+    codes, minimum, scale = affine_codes(c[:, :complete], bits)
+    return torch.cat(((codes * scale + minimum).flatten(1, 2), c[:, complete:]), 1)
 
 
-class Latents4:
-    """A growing list of latents in 4 bits, two to a byte; tokens wait unrounded for 32.
+class QuantizedLatents(Buffers):
+    """A growing list of latents in 4 bits. Up to 31 tokens wait unrounded until a group is full.
 
-    `nbytes` counts minimum and step: CSKV's "95 %" leaves them out [E32].
+    `nbytes` counts minimum and scale, which CSKV's figure of 95 % saved leaves out [E32].
     """
 
     def __init__(self, B, capacity, d_c, like):
         groups = capacity // GROUP
-        self.packed = like.new_zeros(B, groups * GROUP // 2, d_c, dtype=torch.uint8)
-        self.low, self.step = like.new_zeros(2, B, groups, 1, d_c)
-        self.waiting, self.n = like.new_zeros(B, min(GROUP, capacity), d_c), 0
+        self.length, self.packed = 0, like.new_zeros(B, groups * GROUP // 2, d_c, dtype=torch.uint8)
+        self.minimum, self.scale = like.new_zeros(2, B, groups, 1, d_c)
+        self.pending = like.new_zeros(B, min(GROUP, capacity), d_c)
 
     def append(self, c):
-        done, held = self.n // GROUP, self.n % GROUP
-        self.n += c.shape[1]
-        c = torch.cat((self.waiting[:, :held], c), 1)
-        new = self.n // GROUP - done
+        complete, pending = self.length // GROUP, self.length % GROUP
+        self.length += c.shape[1]
+        c = torch.cat((self.pending[:, :pending], c), 1)
+        new = self.length // GROUP - complete                          # groups that are now full
         if new:
-            at, half = slice(done, done + new), slice(done * GROUP // 2, (done + new) * GROUP // 2)
-            self.packed[:, half], self.low[:, at], self.step[:, at] = quantize(c[:, :new * GROUP])
-        self.waiting[:, :self.n % GROUP] = c[:, new * GROUP:]
+            groups = slice(complete, complete + new)
+            rows = slice(groups.start * GROUP // 2, groups.stop * GROUP // 2)
+            packed = quantize(c[:, :new * GROUP])
+            self.packed[:, rows], self.minimum[:, groups], self.scale[:, groups] = packed
+        self.pending[:, :self.length % GROUP] = c[:, new * GROUP:]
 
     def read(self, span):
         """Latents of the tokens in span, whose start is a multiple of 32."""
-        done = self.n // GROUP
-        at = slice(span.start // GROUP, min(done, -(-span.stop // GROUP)))
-        packed = self.packed[:, at.start * GROUP // 2:at.stop * GROUP // 2]
-        old = dequantize(packed, self.low[:, at], self.step[:, at])
-        late = self.waiting[:, :max(0, span.stop - done * GROUP)]
-        return torch.cat((old[:, :span.stop - span.start], late), 1)
-
-    @property
-    def nbytes(self) -> int:
-        return self.packed.nbytes + self.low.nbytes + self.step.nbytes + self.waiting.nbytes
+        complete = self.length // GROUP
+        first, last = span.start // GROUP, min(complete, -(-span.stop // GROUP))
+        old = dequantize(self.packed[:, first * GROUP // 2:last * GROUP // 2],
+                         self.minimum[:, first:last], self.scale[:, first:last])
+        pending = self.pending[:, :max(0, span.stop - complete * GROUP)]
+        return torch.cat((old[:, :span.stop - span.start], pending), 1)
 
 
 # The three caches --------------------------------------------------------------------------------
 
-class FullCache:
-    """Every key, rotated, and every value: Eq. 4."""
+class Cache(Buffers):
+    """What the three caches share: B sequences, `capacity` tokens, `length` of them stored."""
+
+    def __init__(self, B, capacity, like):
+        self.B, self.capacity, self.length = B, capacity, 0
+        self.dtype, self.device = like.dtype, like.device
+
+    def new_positions(self, k):
+        """Positions (a slice) of new keys k (B, T, G, d). Raises ValueError if they do not fit."""
+        new = slice(self.length, self.length + k.shape[1])
+        if new.stop > self.capacity:
+            raise ValueError(f"{new.stop} tokens do not fit into a capacity of {self.capacity}")
+        given, own = (len(k), k.dtype, k.device), (self.B, self.dtype, self.device)
+        if given != own:
+            raise ValueError(f"keys have batch size, dtype, device {given}, the cache has {own}")
+        return new
+
+
+class FullCache(Cache):
+    """Every key (rotated) and every value: the cache of Eq. 4."""
 
     def __init__(self, B, capacity, G, d, dtype=None, device=None):
-        self.k = torch.zeros(B, capacity, G, d, dtype=dtype, device=device)
-        self.v = torch.zeros_like(self.k)
-        self.capacity, self.n = capacity, 0
+        self.k, self.v = torch.zeros(2, B, capacity, G, d, dtype=dtype, device=device)
+        super().__init__(B, capacity, self.k)
 
     def attend(self, q, k, v, rope):
-        new = slice(self.n, self.n + q.shape[1])
-        self.k[:, new], self.v[:, new], self.n = rope(k, new), v, new.stop
-        return attention(rope(q, new), self.k[:, :self.n], self.v[:, :self.n])
-
-    @property
-    def nbytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
+        new = self.new_positions(k)
+        self.k[:, new], self.v[:, new], self.length = rope(k, new), v, new.stop
+        return attention(rope(q, new), self.k[:, :self.length], self.v[:, :self.length])
 
 
-class CompressedCache:
-    """LoRC: latents of every token, and nothing else (Secs. 4.1, 4.3)."""
+class CompressedCache(Cache):
+    """LoRC's cache: the latents of every token, and nothing else (Secs. 4.1, 4.3)."""
 
     def __init__(self, B, capacity, K: Basis, V: Basis, d):
-        self.K, self.V, self.capacity, self.n = K, V, capacity, 0
-        self.c_k, self.c_v = (Latents(B, capacity, b.d_c, b.down) for b in (K, V))
+        super().__init__(B, capacity, K.down)
+        self.K, self.V = K, V
+        self.c_k, self.c_v = (Latents(B, capacity, basis.d_c, basis.down) for basis in (K, V))
 
     def attend(self, q, k, v, rope):
-        new = slice(self.n, self.n + q.shape[1])
-        self.c_k.append(self.K.latents(k, rope, new))
-        self.c_v.append(self.V.shrink(v))
-        self.n = new.stop
-        every = slice(0, self.n)
+        new = self.new_positions(k)
+        self.c_k.append(self.K.cached_latents(k, rope, new))
+        self.c_v.append(self.V.project(v))
+        self.length = new.stop
+        every = slice(0, self.length)
         return attend(rope(q, new), [LowRank(self.K, self.V, self.c_k, self.c_v, rope, every)])
 
-    @property
-    def nbytes(self) -> int:
-        return self.c_k.nbytes + self.c_v.nbytes
 
+class BiBranchCache(Cache):
+    """CSKV's cache: the first `sinks` and last `window` tokens exact, latents of those between.
 
-class BiBranchCache:
-    """CSKV's two branches: the first `sinks` and last `window` tokens exact, latents of the others.
+    The rule [E34]: a token is compressed once, when it leaves the window. A token that arrives
+    alone is itself one of the last `window` tokens. Tokens that arrive together, as a prompt does,
+    see each other exactly, and see earlier tokens as they are stored at that moment. The window is
+    a ring buffer: token i after the sinks is in slot i % window [E33].
 
-    The rule [E34]: tokens that come several at once (a prompt) see each other exactly, and what
-    came before them as it is stored. A token that comes alone counts itself among the last
-    `window`. A token is compressed, once, at the moment it leaves the window. `strict` answers for
-    a whole text, in one call that keeps nothing, as if its tokens had come one by one.
-
-    The window is a ring: place p after the sinks lives in slot p % window [E33].
+    With `simulate_decoding`, attend computes in one call, without storing anything, what the
+    queries of a whole text would read if its tokens arrived one by one. Texts are scored this way.
     """
 
     def __init__(self, B, capacity, K: Basis, V: Basis, d, sinks=4, window=32, bits=16,
-                 strict=False):
-        self.K, self.V, self.d, self.bits, self.strict = K, V, d, bits, strict
-        self.sinks, self.window, self.capacity, self.n = sinks, window, capacity, 0
-        after = max(0, capacity - sinks)                         # tokens that sinks have no room for
-        self.sink_k, self.sink_v, self.ring_k, self.ring_v = (
-            K.down.new_zeros(B, size, K.up.shape[0] // d, d)
-            for size in 2 * [min(sinks, capacity)] + 2 * [min(window, after)])
-        store, between = {16: Latents, 4: Latents4}[bits], max(0, after - window)
-        if bits == 16:
-            between = -(-between // 8) * 8                       # matrix units want multiples of 8
-        self.c_k, self.c_v = (store(B, between, b.d_c, b.down) for b in (K, V))
+                 simulate_decoding=False):
+        if bits not in (16, 4) or sinks < 0 or window < 0:
+            raise ValueError("bits must be 16 or 4, and sinks and window at least 0; "
+                             f"they are {bits}, {sinks} and {window}")
+        super().__init__(B, capacity, K.down)
+        self.K, self.V, self.d, self.simulate_decoding = K, V, d, simulate_decoding
+        self.sinks, self.window, self.bits = sinks, window, bits
+        G, after_sinks = K.up.shape[0] // d, max(0, capacity - sinks)
+        self.sink_k, self.sink_v = K.down.new_zeros(2, B, min(sinks, capacity), G, d)
+        self.ring_k, self.ring_v = K.down.new_zeros(2, B, min(window, after_sinks), G, d)
+        between = max(0, after_sinks - window)
+        between += -between % 8 if bits == 16 else 0             # GPUs prefer multiples of 8
+        store = Latents if bits == 16 else QuantizedLatents
+        self.c_k, self.c_v = (store(B, between, basis.d_c, basis.down) for basis in (K, V))
 
     def attend(self, q, k, v, rope):
-        new = slice(self.n, self.n + q.shape[1])
+        new = self.new_positions(k)
         q = rope(q, new)
-        if self.strict:
-            return self.score(q, k, v, rope)
+        if self.simulate_decoding:
+            return self.attend_as_if_decoding(q, k, v, rope)
         if q.shape[1] == 1:
-            self.remember(k, v, rope)
+            self.append(k, v, rope)
             return attend(q, self.parts(rope))
         o = attend(q, [*self.parts(rope), Exact(rope(k, new), v)])
-        self.remember(k, v, rope)
+        self.append(k, v, rope)
         return o
 
-    def places(self):
-        """Positions of what is held: sinks, between, and the ring's slots in the order they lie."""
-        places = max(self.n - self.sinks, 0)
-        slot = torch.arange(min(places, self.window), device=self.ring_k.device)
-        ring = self.sinks + places - 1 - (places - 1 - slot) % max(1, self.window)
-        between = slice(self.sinks, self.sinks + max(0, places - self.window))
-        return slice(0, min(self.n, self.sinks)), between, ring
+    def positions(self):
+        """Positions of the sinks (slice), of the latents (slice), and of the ring's slots."""
+        after_sinks = max(self.length - self.sinks, 0)
+        slot = torch.arange(min(after_sinks, self.window), device=self.ring_k.device)
+        ring = self.length - 1 - (after_sinks - 1 - slot) % max(1, self.window)
+        latents = slice(self.sinks, self.sinks + max(0, after_sinks - self.window))
+        return slice(0, min(self.length, self.sinks)), latents, ring
 
     def parts(self, rope):
-        """Both branches: sinks and window, exact, and the latents between."""
-        first, between, ring = self.places()
-        return [Exact(rope(self.sink_k[:, first], first), self.sink_v[:, first]),
+        """The exact branch, sinks and window, and the low-rank branch between them."""
+        sinks, latents, ring = self.positions()
+        return [Exact(rope(self.sink_k[:, sinks], sinks), self.sink_v[:, sinks]),
                 Exact(rope(self.ring_k[:, :len(ring)], ring), self.ring_v[:, :len(ring)]),
-                LowRank(self.K, self.V, self.c_k, self.c_v, rope, between)]
+                LowRank(self.K, self.V, self.c_k, self.c_v, rope, latents)]
 
-    def remember(self, k, v, rope):
-        """Append k, v (B, T, G, d): to the sinks, then through the window into the latents."""
-        first = min(max(self.sinks - self.n, 0), k.shape[1])
-        at = slice(self.n, self.n + first)
-        self.sink_k[:, at], self.sink_v[:, at] = k[:, :first], v[:, :first]
-        before = max(self.n - self.sinks, 0)                         # places taken after the sinks
-        self.n += k.shape[1]
-        T, held = k.shape[1] - first, min(before, self.window)
-        out, keep = max(0, held + T - self.window), min(T, self.window)      # leave and enter it
+    def append(self, k, v, rope):
+        """Store k, v (B, T, G, d): in the sinks while they have room, then through the window."""
+        room = min(max(self.sinks - self.length, 0), k.shape[1])
+        sinks = slice(self.length, self.length + room)
+        self.sink_k[:, sinks], self.sink_v[:, sinks] = k[:, :room], v[:, :room]
+        before = max(self.length - self.sinks, 0)                    # tokens after the sinks so far
+        self.length += k.shape[1]
+        after = max(self.length - self.sinks, 0)
+        ring = self.slots(before)                                    # from the oldest to the newest
+        k = torch.cat((self.ring_k[:, ring], k[:, room:]), 1)
+        v = torch.cat((self.ring_v[:, ring], v[:, room:]), 1)
+        leaving = max(0, k.shape[1] - self.window)                   # these become latents
+        if leaving:
+            first = self.sinks + self.c_k.length
+            positions = slice(first, first + leaving)
+            self.c_k.append(self.K.cached_latents(k[:, :leaving], rope, positions))
+            self.c_v.append(self.V.project(v[:, :leaving]))
+        ring = self.slots(after)
+        self.ring_k[:, ring], self.ring_v[:, ring] = k[:, leaving:], v[:, leaving:]
 
-        def slots(start, stop):
-            return torch.arange(start, stop, device=k.device) % max(1, self.window)
-        old = slots(before - held, before - held + min(out, held))
-        new = slots(before + T - keep, before + T)
-        if out:
-            gone = slice(self.sinks + self.c_k.n, self.sinks + self.c_k.n + out)
-            gone_k, gone_v = (torch.cat((ring[:, old], x[:, first:first + out - len(old)]), 1)
-                              for ring, x in ((self.ring_k, k), (self.ring_v, v)))
-            self.c_k.append(self.K.latents(gone_k, rope, gone))
-            self.c_v.append(self.V.shrink(gone_v))
-        self.ring_k[:, new], self.ring_v[:, new] = k[:, first + T - keep:], v[:, first + T - keep:]
+    def slots(self, n):
+        """The slots of the tokens in the window after n tokens, from the oldest to the newest."""
+        return torch.arange(max(0, n - self.window), n, device=self.device) % max(1, self.window)
 
-    def score(self, q, k, v, rope):
-        """The decode regime for a whole text in one pass, by masks: q rotated, k and v not.
+    def attend_as_if_decoding(self, q, k, v, rope):
+        """Attention of a whole text, each query reading what it would read in decoding.
 
-        All keys stand side by side, exact, as latents, and as latents in 4 bits; each query sees
-        each token once, in the kind in which that token is held when the query comes.
-        """
-        T, at = q.shape[1], slice(0, q.shape[1])
-        late = slice(min(self.sinks, T), T)
-        c_k, c_v = self.K.latents(k[:, late], rope, late), self.V.shrink(v[:, late])
-        stored = [(c_k, c_v)]
-        if self.bits == 4:                                         # gradients pass straight through
-            stored.append(tuple(c + (round_trip(c) - c).detach() for c in (c_k, c_v)))
-        keys = [rope(k, at)] + [self.K.keys(c, rope, late, self.d) for c, _ in stored]
-        values = [v] + [self.V.expand(c, self.d) for _, c in stored]
-        keys, values = torch.cat(keys, 1), torch.cat(values, 1)
-        i, j = torch.arange(T, device=q.device)[:, None], torch.arange(T, device=q.device)
-        kind = ((j >= self.sinks) & (j <= i - self.window)).long()                # (T, T)
-        if self.bits == 4:
+        Exact keys and those rebuilt from latents and from rounded latents stand side by side. A
+        mask lets a query see each token once, in the form in which it is stored at that step."""
+        T = q.shape[1]
+        rest = slice(min(self.sinks, T), T)
+        c_k, c_v = self.K.cached_latents(k[:, rest], rope, rest), self.V.project(v[:, rest])
+        forms = [(c_k, c_v)]
+        if self.bits < 16:                               # gradients pass through the rounding
+            forms.append([c + (round_trip(c, self.bits) - c).detach() for c in (c_k, c_v)])
+        keys = [self.K.rotated_keys(c, rope, rest, self.d) for c, _ in forms]
+        values = [self.V.reconstruct(c, self.d) for _, c in forms]
+        keys, values = torch.cat((rope(k, slice(0, T)), *keys), 1), torch.cat((v, *values), 1)
+        form = self.form_at_each_step(T)                                          # (T, T)
+        seen = torch.cat([form == 0, *((form == n + 1)[:, rest] for n in range(len(forms)))], 1)
+        blocks = zip(q.split(512, 1), seen.split(512))                       # to bound the memory
+        return torch.cat([attention(q, keys, values, seen) for q, seen in blocks], 1)
+
+    def form_at_each_step(self, T):
+        """Form (T, T) in which query i reads token j: 0 exact, 1 latent, 2 rounded, -1 not."""
+        i, j = torch.arange(T, device=self.device)[:, None], torch.arange(T, device=self.device)
+        form = ((j >= self.sinks) & (j <= i - self.window)).long()
+        if self.bits < 16:                               # rounded once its group of 32 is complete
             group_end = self.sinks + ((j - self.sinks) // GROUP + 1) * GROUP
-            kind += (kind == 1) & (group_end <= i + 1 - self.window)
-        seen = torch.cat([(kind == 0) & (j <= i)]
-                         + [(kind == n + 1)[:, late] for n in range(len(stored))], 1)
-        parts = [attention(q[:, rows], keys, values, seen[rows]) for rows in i[:, 0].split(512)]
-        return torch.cat(parts, 1)
-
-    @property
-    def nbytes(self) -> int:
-        exact = self.sink_k, self.sink_v, self.ring_k, self.ring_v
-        return sum(x.nbytes for x in (*exact, self.c_k, self.c_v))
+            form += (form == 1) & (group_end <= i + 1 - self.window)
+        return form.where(j <= i, -1)

@@ -1,18 +1,19 @@
-r"""A LLaMA forward pass in plain PyTorch, read straight from safetensors: Sec. 3 of the paper.
+r"""A LLaMA forward pass in plain PyTorch, and a loader for safetensors: Sec. 3 of the LoRC paper.
 
-Reading order, bottom up:
-    Config      config.json in our names, each with its letter in the paper
-    Rope        the rotation R_n of App. C, one function for queries and keys
-    Attention   Eqs. 1-3, except that the cache answers: `cache.attend(q, k, v, rope)`
-    Llama       embed, L blocks, norm, head
-    load        a Hugging Face folder -> Llama, tensor by tensor
+    paper                              here
+    Eq. 1, softmax(Q K^T / sqrt(d)) V  cache.attend, which holds the keys and values
+    Eq. 2, heads joined by W_o         Attention.forward
+    Eq. 3, projections of one head     Attention.forward, for all heads at once
+    Eq. 20, the rotation R_n           Rope
 
     tokens -> embed -> [ norm -> Wq, Wk, Wv -> cache.attend -> Wo -> + -> norm -> MLP -> + ] -> head
                        \______________________________ x L ______________________________/
 
-Does NOT include: training, dropout, biases, sliding windows, mixtures of experts,
-quantized weights. A checkpoint that asks for one of these is refused by name. `load` trusts its
-folder; the command line holds a stranger's folder against runtime/checkpoint.py first.
+Not included: training, dropout, biases, sliding windows, mixtures of experts, quantized weights.
+A checkpoint that needs one of these is refused by name. Otherwise `load` trusts its folder, which
+the command line validates first with runtime/checkpoint.py.
+
+In shapes, B is the number of sequences and T that of new tokens; Config has the other letters.
 """
 import json
 from dataclasses import dataclass
@@ -25,12 +26,12 @@ from torch import nn
 
 
 class UserError(ValueError):
-    """Something the person at the keyboard can mend: its message is one line that says how."""
+    """An error caused by the user's input. Its message says what is wrong and how to fix it."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of one LLaMA; letters as in the paper's Sec. 3 and Table 3."""
+    """The sizes of one LLaMA. Letters are those of the paper's Sec. 3 and Table 3."""
 
     vocab: int            # V
     width: int            # D, model dimension
@@ -39,36 +40,32 @@ class Config:
     kv_heads: int         # G, key and value heads: h in Eq. 4
     head_dim: int         # d
     mlp: int              # inner width of the MLP
-    context: int          # N, positions the model was made for
+    context: int          # N, largest number of positions
     eps: float            # in RMSNorm
-    tied: bool            # the output head is the embedding
-    rope: dict            # type, theta and that type's own numbers
+    tied: bool            # whether the output head shares its weight with the embedding
+    rope: dict            # type and theta of RoPE, and the numbers that the type needs
 
     @property
     def kv_width(self) -> int:
-        """G*d: the rows of Wk and Wv, the numbers a full cache keeps of one key, d_max [E10]."""
+        """G*d: the rows of Wk and Wv, the size of one token's keys, and d_max of Eq. 13 [E10]."""
         return self.kv_heads * self.head_dim
 
 
 # The forward pass --------------------------------------------------------------------------------
 
 class Rope:
-    """Rotary position embedding R_n of Eq. 20: a head's pair (j, j + d/2) turns by n * frequency_j.
-
-    The only place where anything is rotated. Tables hold cos and sin with the sign of the rotation
-    folded into sin, so that a rotation is two products and a sum.
-    """
+    """The rotation R_n of Eq. 20: components j and j + d/2 of a head turn by n * frequency_j."""
 
     def __init__(self, config: Config):
         self.config, self.cos, self.sin = config, torch.empty(0), torch.empty(0)
 
     def frequencies(self, dtype) -> torch.Tensor:
-        """Radians per position of each component pair (d/2,); linear and llama3 scaling applied."""
+        """Radians per position of each pair of components (d/2,), scaled as the checkpoint asks."""
         d, rope = self.config.head_dim, self.config.rope
         freq = 1.0 / rope["theta"] ** (torch.arange(0, d, 2, dtype=torch.int64).to(dtype) / d)
         if rope["type"] == "linear":
             freq = freq / rope["factor"]
-        if rope["type"] == "llama3":  # long waves slowed by `factor`, short kept, blended between
+        if rope["type"] == "llama3":     # keeps high frequencies, divides low ones, blends between
             turns = rope["original_max_position_embeddings"] * freq / (2 * torch.pi)
             low, high = rope["low_freq_factor"], rope["high_freq_factor"]
             keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -76,43 +73,47 @@ class Rope:
         return freq
 
     def reserve(self, length: int, like: torch.Tensor) -> None:
-        """Make the tables long enough for positions 0 .. length-1, with like's dtype and device."""
+        """Extend the tables to positions 0 .. length-1, in the dtype on the device of `like`."""
         if length > len(self.cos) or self.cos.dtype != like.dtype or self.cos.device != like.device:
+            # Angles in float32 at least: bfloat16 has no number between 256 and 258.
             wide = torch.float64 if like.dtype == torch.float64 else torch.float32
             angle = torch.outer(torch.arange(length, dtype=wide), self.frequencies(wide))
-            cos, sin = angle.cos(), angle.sin()
+            cos, sin = angle.cos(), angle.sin()                            # (length, d/2)
             self.cos = torch.cat((cos, cos), -1)[:, None].to(like)         # (length, 1, d)
-            self.sin = torch.cat((-sin, sin), -1)[:, None].to(like)
+            self.sin = torch.cat((-sin, sin), -1)[:, None].to(like)        # with the signs of R_n
 
-    def __call__(self, x: torch.Tensor, positions, columns=slice(None)) -> torch.Tensor:
-        """x (B, T, heads, d) rotated to its positions: a slice, or an index tensor (T,).
+    def __call__(self, x: torch.Tensor, positions, components=slice(None)) -> torch.Tensor:
+        """Rotate x (B, T, heads, d) to its positions, a slice or an index tensor (T,).
 
-        columns: for each component of x the component of a head that it turns with, when x is not
-        heads but latents that turn as heads do (Basis.turns).
+        Latents that commute with RoPE rotate too: number i as component components[i] of a head.
         """
-        cos, sin = self.cos[positions][..., columns], self.sin[positions][..., columns]
+        cos, sin = self.cos[positions][..., components], self.sin[positions][..., components]
         return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Attention(nn.Module):
-    """Multi-head and grouped-query attention (Eqs. 1-3, Sec. 4.3); softmax lives in the cache."""
+    """Multi-head or grouped-query attention (Eqs. 2, 3, Sec. 4.3). The cache computes Eq. 1."""
 
     def __init__(self, config: Config):
         super().__init__()
         D, H, G, d = config.width, config.heads, config.kv_heads, config.head_dim
-        self.heads = (-1, d)
+        self.d = d
         self.Wq = nn.Linear(D, H * d, bias=False)      # weights are (out, in): K = X Wk^T  [E1]
         self.Wk = nn.Linear(D, G * d, bias=False)
         self.Wv = nn.Linear(D, G * d, bias=False)
         self.Wo = nn.Linear(H * d, D, bias=False)
 
     def forward(self, x, cache, rope):
-        q, k, v = (W(x).unflatten(-1, self.heads) for W in (self.Wq, self.Wk, self.Wv))
-        return self.Wo(cache.attend(q, k, v, rope).flatten(2))  # q (B, T, H, d); k, v (B, T, G, d)
+        """x (B, T, D) -> (B, T, D); appends the keys and values of these T tokens to the cache."""
+        q = self.Wq(x).unflatten(-1, (-1, self.d))     # (B, T, H, d)   Eq. 3
+        k = self.Wk(x).unflatten(-1, (-1, self.d))     # (B, T, G, d)
+        v = self.Wv(x).unflatten(-1, (-1, self.d))     # (B, T, G, d)
+        heads = cache.attend(q, k, v, rope)            # (B, T, H, d)   Eq. 1
+        return self.Wo(heads.flatten(2))               # (B, T, D)      Eq. 2
 
 
 class MLP(nn.Module):
-    """SwiGLU: W_down(silu(W_gate x) * W_up x). A product, so not Lipschitz [E15]."""
+    """SwiGLU: down(silu(gate x) * up x). It is a product and therefore not Lipschitz [E15]."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -125,6 +126,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer: attention and MLP, each with a norm before it and a residual around it."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.attn_norm = nn.RMSNorm(config.width, config.eps)
@@ -138,12 +141,12 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """The whole model. It is handed one cache per layer and does not know what they keep."""
+    """The whole model. Its caller passes one cache per layer; what a cache stores is up to it."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config, self.rope = config, Rope(config)
-        table = torch.empty(config.vocab, config.width)        # else drawn, which loads a compiler
+        table = torch.empty(config.vocab, config.width)       # not drawn at random: that is slow
         self.embed = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, config.eps)
@@ -152,23 +155,23 @@ class Llama(nn.Module):
             self.head.weight = self.embed.weight
 
     def blocks(self, x, caches, block=Block.__call__):
-        """x (B, T, D) through all layers. `block` may be a compiled Block."""
+        """Pass x (B, T, D) through all layers. `block` may be a compiled Block."""
         for layer, cache in zip(self.layers, caches, strict=True):
             x = block(layer, x, cache, self.rope)
         return x
 
     def hidden(self, tokens, caches, block=Block.__call__):
-        """tokens (B, T) following what the caches hold -> last hidden states (B, T, D), normed."""
+        """Final normed states (B, T, D) of tokens (B, T), which follow those in the caches."""
         x = self.embed(tokens)                                                         # (B, T, D)
         self.rope.reserve(caches[0].capacity, x)
         return self.norm(self.blocks(x, caches, block))
 
     def forward(self, tokens, caches):
-        """tokens (B, T) -> logits (B, T, V)."""
+        """Logits (B, T, V) of tokens (B, T)."""
         return self.head(self.hidden(tokens, caches))
 
 
-# Reading a Hugging Face folder --------------------------------------------------------------------
+# Reading a Hugging Face folder -------------------------------------------------------------------
 
 HF_CONFIG = {"vocab": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
              "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
@@ -179,93 +182,97 @@ HF_NAMES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_hea
             "mlp_norm": "post_attention_layernorm", "attn": "self_attn",
             "Wq": "q_proj", "Wk": "k_proj", "Wv": "v_proj", "Wo": "o_proj",
             "mlp": "mlp", "gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-NOT_COMPUTED = {"attention_bias": "biases in attention", "mlp_bias": "biases in the MLP",
-                "sliding_window": "a sliding window", "quantization_config": "quantized weights"}
+SUPPORTED = {"model_type": ("llama", "mistral"), "hidden_act": ("silu", None),
+             "attention_bias": (False, None), "mlp_bias": (False, None),
+             "quantization_config": (None,)}
 ROPE_NUMBERS = {"default": (), "linear": ("factor",),
                 "llama3": ("factor", "low_freq_factor", "high_freq_factor",
                            "original_max_position_embeddings")}
+# What transformers assumes for a missing key. A key that is null is not missing.
+MISSING = {"llama": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
+           "mistral": {"max_position_embeddings": 131072, "rms_norm_eps": 1e-6,
+                       "num_key_value_heads": 8, "sliding_window": 4096}}
 
 
-def read_rope(raw: dict) -> dict:
-    """RoPE's type and numbers in either spelling: rope_theta + rope_scaling, or rope_parameters."""
-    given = {"rope_theta": raw.get("rope_theta") or 1e4, "original_max_position_embeddings":
-             raw.get("max_position_embeddings"), "partial_rotary_factor":
-             raw.get("partial_rotary_factor")}
-    given |= (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
+def read_rope(raw: dict, context: int) -> dict:
+    """Type and numbers of RoPE, with transformers' precedence: rope_scaling before rope_parameters,
+    rope_theta inside before outside, original_max_position_embeddings outside before inside."""
+    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in ROPE_NUMBERS:
-        raise UserError(f"config.json asks for RoPE of type {kind!r:.40}; "
-                        f"computed here: {', '.join(ROPE_NUMBERS)}")
-    if given["partial_rotary_factor"] not in (None, 1.0):
-        raise UserError("config.json asks for a partial rotation, which is not computed here")
-    numbers = {k: float(given[k]) for k in ROPE_NUMBERS[kind]}
-    return {"type": kind, "theta": float(given["rope_theta"])} | numbers
+        raise UserError(f"config.json has RoPE of type {kind!r:.40}; "
+                        f"supported: {', '.join(map(repr, ROPE_NUMBERS))}")
+    if given.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1.0):
+        raise UserError("config.json has a partial_rotary_factor other than 1; supported: 1")
+    theta = given.get("rope_theta") or raw.get("rope_theta") or 1e4
+    original = raw.get("original_max_position_embeddings")
+    outside = {"original_max_position_embeddings": original} if original else {}
+    given = {"original_max_position_embeddings": context} | given | outside
+    numbers = {name: float(given[name]) for name in ROPE_NUMBERS[kind]}
+    return {"type": kind, "theta": float(theta)} | numbers
 
 
 def read_config(folder) -> Config:
-    """config.json as a Config. Raises UserError for whatever we would have to ignore."""
+    """config.json as a Config. Raises UserError for a feature that is not supported."""
     raw = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    if raw.get("model_type") not in ("llama", "mistral"):
-        raise UserError(f"{folder} holds a {raw.get('model_type')!r:.40} model; "
-                        "llama and mistral are read here")
-    for key, what in NOT_COMPUTED.items():
-        if raw.get(key):
-            raise UserError(f"config.json asks for {what} ({key}), which is not computed here")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise UserError(f"config.json asks for the activation {raw['hidden_act']!r:.40}; "
-                        "only silu is computed here")
-    heads = raw["num_attention_heads"]
-    implied = {"kv_heads": heads, "head_dim": max(1, raw["hidden_size"] // heads), "context": 2048,
-               "eps": 1e-6}
-    shape = {ours: implied.get(ours) if raw.get(theirs) is None else raw[theirs]
-             for ours, theirs in HF_CONFIG.items()}
-    shape["eps"] = float(shape["eps"])
-    return Config(**shape, tied=raw.get("tie_word_embeddings") is True, rope=read_rope(raw))
+    for key, values in SUPPORTED.items():
+        if raw.get(key) not in values:
+            raise UserError(f"config.json has {key} {raw.get(key)!r:.40}; "
+                            f"supported: {', '.join(map(repr, values))}")
+    raw = MISSING[raw["model_type"]] | raw
+    sizes = {ours: raw.get(key) for ours, key in HF_CONFIG.items()}
+    sizes["kv_heads"] = sizes["kv_heads"] or sizes["heads"]
+    sizes["head_dim"] = sizes["head_dim"] or sizes["width"] // sizes["heads"]
+    sizes["eps"], context, window = float(sizes["eps"]), sizes["context"], raw.get("sliding_window")
+    if window is not None and window < context:            # a longer one never hides a token
+        raise UserError(f"config.json has a sliding_window of {window} tokens; supported: null, or "
+                        f"at least the context of {context}")
+    tied = raw.get("tie_word_embeddings") is True
+    return Config(**sizes, tied=tied, rope=read_rope(raw, context))
 
 
 def hf_name(name: str) -> str:
-    """Our parameter's Hugging Face name: layers.0.attn.Wk -> model.layers.0.self_attn.k_proj."""
+    """Hugging Face's name of our parameter: layers.0.attn.Wk -> model.layers.0.self_attn.k_proj."""
     return ".".join(HF_NAMES.get(part, part) for part in name.split("."))
 
 
 def find_tensors(folder: Path) -> dict[str, Path]:
     """Which safetensors file holds which tensor: one file, or the shards that the index names."""
-    index, files = folder / "model.safetensors.index.json", {}
-    shards = (set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-              if index.exists() else ["model.safetensors"])
+    index = folder / "model.safetensors.index.json"
+    shards = {"model.safetensors"}
+    if index.exists():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    files = {}
     for shard in shards:
         with safe_open(folder / shard, "pt") as f:
-            files |= dict.fromkeys(f.keys(), folder / shard)
+            files.update(dict.fromkeys(f.keys(), folder / shard))
     return files
 
 
-def read_tensor(path: Path, name: str, shape, dtype, device) -> torch.Tensor:
-    """One tensor, in the wanted dtype and on the wanted device.
-
-    The file is mapped for this tensor only: mapped pages count as memory until they are let go.
-    """
-    with safe_open(path, "pt") as f:
+def read_tensor(files: dict, name: str, shape, dtype, device) -> torch.Tensor:
+    """One parameter in `dtype` on `device`. Its file is opened for it alone, because the pages that
+    are mapped count as memory until the file is closed."""
+    with safe_open(files[hf_name(name)], "pt") as f:
         tensor = torch.empty(shape, dtype=dtype, device=device)
         if tensor.device.type == "cpu" and len(shape) == 2 and shape[0] > shape[1]:
             tensor = tensor.view(shape[1], shape[0]).t()      # a CPU multiplies long rows fastest
-        return tensor.copy_(f.get_tensor(name))
+        return tensor.copy_(f.get_tensor(hf_name(name)))
 
 
 def load(folder, dtype=None, device="cpu", layers=slice(None)) -> Llama:
-    """The model in a Hugging Face folder, in `dtype` (the checkpoint's own when None), on `device`.
+    """The model in a Hugging Face folder, in `dtype` (default: as stored), on `device`.
 
-    `layers` are the ones that are read, all by default; the others stay out of the model.
+    Only the layers that the slice `layers` selects are read; the model then has no others.
     """
-    folder = Path(folder)
-    config, files = read_config(folder), find_tensors(folder)
+    config, files = read_config(folder), find_tensors(Path(folder))
     with safe_open(files[hf_name("embed.weight")], "pt") as f:
         dtype = dtype or f.get_tensor(hf_name("embed.weight")).dtype
     with torch.device("meta"):                          # shapes only: nothing is allocated yet
         llama = Llama(config)
-    skipped = set(range(config.layers)) - set(range(config.layers)[layers])
-    state = {name: read_tensor(files[hf_name(name)], hf_name(name), p.shape, dtype, device)
+    selected = tuple(f"layers.{i}." for i in range(config.layers)[layers])
+    state = {name: read_tensor(files, name, p.shape, dtype, device)
              for name, p in llama.named_parameters()
-             if not (name.startswith("layers.") and int(name.split(".")[1]) in skipped)}
+             if name.startswith(selected) or not name.startswith("layers.")}
     llama.load_state_dict(state, strict=False, assign=True)
     if config.tied:
         llama.head.weight = llama.embed.weight

@@ -25,6 +25,7 @@ import lorc
 from runtime import fast, jobs as running
 import model
 from cache import Basis
+from runtime.commuting import CommutingBasis
 from record import HERE, provenance, write
 
 SHAPES = {
@@ -59,9 +60,9 @@ def random_bases(llama, kept, commuting, split=0.0):
     c, like = llama.config, llama.norm.weight
     d_k, d_v = (max(2, round(part * c.kv_width) // 2 * 2) for part in (kept - split, kept + split))
 
-    def one(d_c, turns=None):
+    def one(d_c, components=None):
         U = like.new_empty(c.kv_width, d_c).normal_(0, c.kv_width ** -0.5)
-        return Basis(U.T, U, turns)
+        return Basis(U.T, U) if components is None else CommutingBasis(U.T, U, components)
     j = torch.randint(c.head_dim // 2, (d_k // 2,), device=like.device)
     return [(one(d_k, torch.cat((j, j + c.head_dim // 2)) if commuting else None), one(d_v))
             for _ in range(c.layers)]
@@ -79,10 +80,10 @@ def filled(llama, name, kept, B, context, steps, split=0.0):
 def fill(caches, n):
     """Random numbers in every buffer, as if n tokens had come."""
     for cache in caches:
-        cache.n = n
+        cache.length = n
         for store in (cache, *(x for x in vars(cache).values() if hasattr(x, "append"))):
             if store is not cache:
-                store.n = max(0, n - getattr(cache, "sinks", 0) - getattr(cache, "window", 0))
+                store.length = max(0, n - getattr(cache, "sinks", 0) - getattr(cache, "window", 0))
             for x in vars(store).values():
                 if isinstance(x, torch.Tensor):
                     x.random_(0, 256) if x.dtype == torch.uint8 else x.normal_()
@@ -92,7 +93,7 @@ def intervals(step, tokens, steps):
     """Seconds of each of `steps` steps: the token is drawn and has reached the host."""
     marks = [time.perf_counter()]
     for _ in range(steps):
-        tokens = lorc.sample(running.finite(step(tokens)), 0, 1, None)
+        tokens = lorc.sample(running.finite(step(tokens)), 0, 1, None)[:, None]
         tokens.cpu()
         marks.append(time.perf_counter())
     return [b - a for a, b in zip(marks, marks[1:])][WARM:]
@@ -176,7 +177,7 @@ def measure(args, llama):
     """All rows of one setting: name -> ms a step, tokens/s, bytes, share, peak memory of a step."""
     hf = transformers_model(args, llama) if args.transformers else None
     prompt = torch.randint(9, llama.config.vocab, (args.batch, args.context - args.steps - 1), device=args.device)
-    full = lorc.full_bytes(llama, args.context, args.batch)
+    full = lorc.full_cache_bytes(llama, args.context, args.batch)
     runs = {f"transformers {which}": lambda which=which: (
         theirs(hf, prompt, args.steps, which == "static"), {"cache_bytes": full}) for which in args.transformers}
     runs |= {f"{name} {how}": lambda name=name, how=how: ours(llama, name, args, how == "compiled")

@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import lorc                                                        # noqa: E402
 from runtime import checkpoint, jobs as running
+from runtime.scoring import negative_log_likelihood
 from runtime.text import Tokenizer
 import model                                                       # noqa: E402
 from cache import Basis                                            # noqa: E402
@@ -76,14 +77,14 @@ def read_windows(tokenizer, paths, context, device):
 
 def bibranch(llama, capacity, bases, bits, B=1):
     """Caches for a whole text in the decode regime."""
-    return lorc.new_caches(llama, "bibranch", capacity, bases, B, bits=bits, strict=True)
+    return lorc.new_caches(llama, "bibranch", capacity, bases, B, bits=bits, simulate_decoding=True)
 
 
 class Watched(Basis):
     """The identity as a basis; adds g g^T to `total` for the gradient g of each key it expands."""
 
-    def expand(self, c, d):
-        k = super().expand(c, d).requires_grad_()                  # (B, T, G, d)
+    def reconstruct(self, c, d):
+        k = super().reconstruct(c, d).requires_grad_()                  # (B, T, G, d)
         k.register_hook(self.add)
         return k
 
@@ -162,7 +163,7 @@ def start(llama, windows, kept):
     d_c = allocate([lorc.spectrum(roots(g)[0] @ W.double(), c)[0]
                     for pair, c, gs in zip(weights, C, G) for W, g in zip(pair, gs)], kept)
     ranks = list(zip(d_c[::2], d_c[1::2]))
-    plan = lorc.Plan(kappa, lorc.log_kappa_tilde([k + v for k, v in kappa]), ranks, d_max)
+    plan = lorc.Plan(kappa, lorc.log_kappa_tilde(kappa), ranks, d_max)
     factors = [nn.ModuleList(Factor(W, c, g, d) for W, g, d in zip(pair, gs, dims)
                              if dims != (d_max, d_max))
                for pair, c, gs, dims in zip(weights, C, G, ranks)]
@@ -322,7 +323,7 @@ def picks(llama, tokenizer, questions, make, at_once=16):
 
 @torch.no_grad()
 def perplexity(llama, tokens, context, make):
-    nats, count = lorc.negative_log_likelihood(llama, tokens, context, make)
+    nats, count = negative_log_likelihood(llama, tokens, context, make)
     return math.exp(nats / count)
 
 

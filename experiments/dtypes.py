@@ -18,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lorc
 from runtime import jobs as running
+from runtime.scoring import negative_log_likelihood
 from runtime.text import Tokenizer
 import model
 from record import HERE, provenance, write
@@ -26,15 +27,15 @@ from record import HERE, provenance, write
 def measure(llama, tokens, bases, kind, bits, new=16):
     """Perplexity of tokens (T,) in one window, and the ids generated after them; or what went wrong."""
     options = {"bits": bits} if kind == "bibranch" else {}
-    strict = {"strict": True} if kind == "bibranch" else {}
+    strict = {"simulate_decoding": True} if kind == "bibranch" else {}
 
     def make(capacity):
         return lorc.new_caches(llama, kind, capacity, bases, **options, **strict)
     try:
-        nats, count = lorc.negative_log_likelihood(llama, tokens, len(tokens), make)
+        nats, count = negative_log_likelihood(llama, tokens, len(tokens), make)
         prompt = tokens[:len(tokens) - new][None]
         caches = lorc.new_caches(llama, kind, len(tokens), bases, **options)
-        return {"perplexity": math.exp(nats / count), "ids": list(lorc.generate(llama, caches, prompt, new))}
+        return {"perplexity": math.exp(nats / count), "ids": [t.item() for t in lorc.generate(llama, caches, prompt, new)]}
     except model.UserError as e:
         return {"error": str(e)}
 
@@ -60,7 +61,7 @@ def main():
             text, window = read[0][:args.tokens], min(1024, llama.config.context)
             assert len(text) == args.tokens <= llama.config.context, "a text and a context of --tokens tokens are needed"
             moments = lorc.calibrated_moments(llama, read[1], "whitened", context=window, windows=args.windows)
-            bases = lorc.lorc(llama, kept=args.kept, schedule="uniform", moments=moments)[1]
+            bases = lorc.compress(llama, kept=args.kept, schedule="uniform", moments=moments)[1]
             for kind in ("full", "compressed", "bibranch"):
                 of = result["caches"].setdefault(kind, {})
                 of[dtype] = found = measure(llama, text, bases, kind, args.bits)

@@ -35,7 +35,7 @@ class CachedLM(TemplateLM):
         super().__init__()
         self.llama, self.text = llama, tokenizer
         self.new_caches = lambda capacity, B, strict: lorc.new_caches(
-            llama, kind, capacity, bases, B, strict=strict, **bibranch)
+            llama, kind, capacity, bases, B, simulate_decoding=strict, **bibranch)
 
     @property
     def eot_token_id(self):

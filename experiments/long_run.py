@@ -5,11 +5,12 @@
 The model runs past the positions it was made for, which lorc.py refuses to do: this is about the cache,
 not the text. All buffers are made, and written to once, before the first token. After every token the
 sinks and the ring are compared, bit by bit, with the keys and values that Wk and Wv gave. The step's own
-workspace (keys rebuilt, about cache.BLOCK bytes at a time) is the only memory that may come and go.
+workspace (keys rebuilt, about cache.REBUILT_BYTES bytes at a time) is the only memory that may come and go.
 """
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lorc
 from runtime.text import Tokenizer
 import model
+from cache import Buffers
 from record import HERE, provenance, write
 
 
@@ -33,7 +35,7 @@ def buffers(store):
     for x in vars(store).values():
         if isinstance(x, torch.Tensor):
             yield x
-        elif type(x).__name__.startswith("Latents"):
+        elif isinstance(x, Buffers):
             yield from buffers(x)
 
 
@@ -49,7 +51,7 @@ def remembered(llama, seen, n):
 
 def exact(store, seen):
     """Do the sinks and the ring hold, bit by bit, the keys and values seen (2, n, G, d)?"""
-    first, _, ring = store.places()
+    first, _, ring = store.positions()
     return all(torch.equal(at[0, :len(x)], x) for at, x in (
         (store.sink_k, seen[0, first]), (store.sink_v, seen[1, first]), (store.ring_k, seen[0, ring]), (store.ring_v, seen[1, ring])))
 
@@ -58,6 +60,7 @@ def long_run(llama, bases, prompt, tokens, every, **bibranch):
     """Generate; return how many steps had an exact window, and bytes held and resident every few tokens."""
     prompt = torch.tensor([prompt], device=llama.embed.weight.device)
     c, T = llama.config, prompt.shape[1] + tokens - 1
+    llama.config = replace(c, context=max(c.context, T))     # the text may be longer than training
     caches = lorc.new_caches(llama, "bibranch", T, bases, **bibranch)
     seen, n = llama.embed.weight.new_empty(c.layers, 2, T, c.kv_heads, c.head_dim), [0]
     for x in [seen, *(x for store in caches for x in buffers(store))]:
@@ -65,7 +68,7 @@ def long_run(llama, bases, prompt, tokens, every, **bibranch):
     hooks, rows, good = remembered(llama, seen, n), [], 0
     start = time.perf_counter()
     for i, _ in enumerate(lorc.generate(llama, caches, prompt, tokens, temperature=1.0)):
-        n[0] = caches[0].n
+        n[0] = caches[0].length
         good += all(exact(store, seen[layer, :, :n[0]]) for layer, store in enumerate(caches))
         if i % every == 0 or i == tokens - 1:
             rows.append({"tokens": n[0], "held": sum(s.nbytes for s in caches), "resident": resident(prompt.device.type),
@@ -88,7 +91,7 @@ def main():
     with torch.inference_mode():
         llama = model.load(args.model, torch.float32, args.device)
         prompt = Tokenizer(args.model, llama.config).encode("Once upon a time")
-        bases = lorc.lorc(llama, kept=args.kept, schedule="uniform")[1]
+        bases = lorc.compress(llama, kept=args.kept, schedule="uniform")[1]
         result = long_run(llama, bases, prompt, args.tokens, args.every, sinks=4, window=32, bits=4)
     rows = result["rows"]
     result |= {"resident_after_first": rows[0]["resident"], "growth_of_resident": max(r["resident"] for r in rows) - rows[0]["resident"],

@@ -18,7 +18,7 @@ KINDS = {"svd": "weights", "whitened": "activations"}
 
 def measure(study):
     kappas = study.log_kappas()
-    tilde = lorc.log_kappa_tilde([k + v for k, v in kappas])
+    tilde = lorc.log_kappa_tilde(kappas)
     rows, d_max = [], study.config.kv_width
     at = sorted({round(i * (d_max - 1) / (POINTS - 1)) for i in range(POINTS)})
     for layer in range(study.config.layers):

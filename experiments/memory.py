@@ -60,7 +60,7 @@ def main():
         result["full_bytes"], result["full_peak"] = peak_of_a_step(llama, "full", None, args.batch, args.length)
         for schedule in ("progressive", "uniform"):
             start = torch.cuda.memory_allocated()
-            bases = lorc.lorc(llama, kept=args.kept, schedule=schedule)[1]
+            bases = lorc.compress(llama, kept=args.kept, schedule=schedule)[1]
             held = torch.cuda.memory_allocated() - start
             cache, peak = peak_of_a_step(llama, "compressed", bases, args.batch, args.length)
             result[schedule] = {"cache_bytes": cache, "bases_bytes": held, "peak": held + peak,

@@ -66,7 +66,7 @@ def main():
         tokenizer = Tokenizer(folder, config)
         for prompt in PROMPTS:
             ids = torch.tensor([tokenizer.encode(prompt)])
-            a = list(lorc.generate(llama, lorc.new_caches(llama, "full", ids.shape[1] + 63), ids, 64, tokenizer.ends))
+            a = [t.item() for t in lorc.generate(llama, lorc.new_caches(llama, "full", ids.shape[1] + 63), ids, 64, tokenizer.ends)]
             b = hf.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=sorted(tokenizer.ends))[0, ids.shape[1]:]
             print(f"  {'same' if a == b.tolist() else 'DIFFERENT'} {len(a)} tokens after {prompt!r}")
 

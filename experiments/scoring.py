@@ -87,7 +87,8 @@ def continue_until(llama, tokenizer, prompt, make_caches, n, stops=()):
     prompt = prompt[-max(1, llama.config.context - n):]
     caches, out, text = make_caches(len(prompt) + n - 1, 1), [], ""
     start = torch.tensor([prompt], device=llama.embed.weight.device)
-    for token in lorc.generate(llama, caches, start, n, tokenizer.ends):
+    for new in lorc.generate(llama, caches, start, n, tokenizer.ends):
+        token = new.item()
         out += [token] * (token not in tokenizer.ends)
         text = tokenizer.fast.decode(out)
         if any(stop in text for stop in stops):

@@ -8,7 +8,7 @@ given {model: result} of all models measured so far and yields (name, figure or 
 `run_all.py` runs all scripts on one model in one process: what they share is computed once.
 
 Scores are perplexities over the first --tokens tokens of --text in windows of min(1024, context),
-in float32, every query seeing what a token-by-token run would show it (`strict` in cache.py).
+in float32, every query seeing what a token-by-token run would show it (`simulate_decoding` in cache.py).
 Bytes are those of the buffers for one such window in a 16-bit model, the papers' measure: 4-bit
 codes would look twice as good beside float32. Nothing here needs matplotlib until it draws.
 """
@@ -27,6 +27,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import lorc                                                        # noqa: E402
 from runtime import jobs as running
+from runtime.commuting import commuting_basis
+from runtime.scoring import negative_log_likelihood
 from runtime.text import Tokenizer
 import model                                                       # noqa: E402
 from cache import Basis, round_trip                                # noqa: E402
@@ -97,18 +99,18 @@ class Study:
         return [tuple(map(lorc.log_kappa, pair)) for pair in self.weights]
 
     def plan(self, kept, schedule="uniform", skip=0, split=0.0, layers=None, pairs=False):
-        """(d_k, d_v) of each layer, as lorc.lorc has them. layers: the others stay whole.
+        """(d_k, d_v) of each layer, as lorc.compress has them. layers: the others stay whole.
 
         Raises UserError when no d_min gives `kept`.
         """
         d_max, L = self.config.kv_width, self.config.layers
         if layers is not None:                      # `kept` is then of each of these layers alone
             return [(round(kept * d_max),) * 2 if i in layers else (d_max, d_max) for i in range(L)]
-        log_tilde = lorc.log_kappa_tilde([k + v for k, v in self.log_kappas()])
+        log_tilde = lorc.log_kappa_tilde(self.log_kappas())
 
         def ranks_of(d_min):
-            return lorc.ranks(log_tilde, [i < skip for i in range(L)], d_max, d_min, schedule,
-                              split, pairs)
+            d_c = lorc.compressed_dimension(log_tilde, d_max, d_min, schedule)
+            return lorc.round_ranks(d_c, [i < skip for i in range(L)], d_max, split, pairs)
         return ranks_of(lorc.solve_d_min(kept, ranks_of, d_max))
 
     def bases(self, ranks, basis):
@@ -122,8 +124,8 @@ class Study:
                 return Basis(down, up)
             if basis == "commuting" and i == 0:
                 attn, C = self.llama.layers[layer].attn, self.moments("whitened")[layer]
-                return lorc.commuting_basis(attn.Wk.weight, d_c, self.config.head_dim, C,
-                                            attn.Wq.weight)
+                return commuting_basis(attn.Wk.weight, d_c, self.config.head_dim, C,
+                                       attn.Wq.weight)
             of = "whitened" if basis == "commuting" else basis
             U = self.spectra(of)[layer][i][1][:, :d_c].to(self.weights[0][0]).contiguous()
             return Basis(U.T, U)
@@ -140,9 +142,10 @@ class Study:
         options = {"sinks": sinks, "window": window, "bits": bits}
 
         def make(capacity):
-            return lorc.new_caches(self.llama, kind, capacity, bases, strict=True, **options)
-        with torch.inference_mode(), patch("cache.round_trip", rounding):
-            nats, n = lorc.negative_log_likelihood(self.llama, self.text, self.context, make)
+            return lorc.new_caches(self.llama, kind, capacity, bases, simulate_decoding=True,
+                                   **options)
+        with torch.inference_mode(), patch("cache.round_trip", lambda c, bits: rounding(c)):
+            nats, n = negative_log_likelihood(self.llama, self.text, self.context, make)
         return {"perplexity": math.exp(min(nats / n, 700.0))} | self.bytes(kind, ranks, **options)
 
     def bytes(self, kind, ranks, **options):

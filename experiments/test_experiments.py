@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 import cache
 import lorc
-from runtime import cli as command, fast, jobs as running, many
+from runtime import cli as command, distributed, fast, jobs as running
 from runtime.text import Stream, Tokenizer
 import model
 import theory

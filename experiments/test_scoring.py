@@ -29,7 +29,7 @@ def case(request):
     folder = scoring.Path(lorc.__file__).parent / "tiny"
     llama = model.load(folder, torch.float32)
     llama.config = dataclasses.replace(llama.config, context=CONTEXT)
-    tokenizer, bases = Tokenizer(folder, llama.config), lorc.lorc(llama, kept=0.6)[1]
+    tokenizer, bases = Tokenizer(folder, llama.config), lorc.compress(llama, kept=0.6)[1]
     kind = request.param if request.param in ("full", "compressed") else "bibranch"
 
     def make(capacity, B, **strict):
@@ -56,7 +56,7 @@ def test_continuations_in_batches_score_as_they_do_token_by_token(case):
     rows = [decoded(llama, (x + y)[-CONTEXT - 1:-1], make)[-len(y):] for x, y in pairs]
     for budget in (1, 90, 10**6):
         found = scoring.continuation_scores(
-            llama, pairs, lambda n, B: make(n, B, strict=True), budget)
+            llama, pairs, lambda n, B: make(n, B, simulate_decoding=True), budget)
         for (_, y), p, (nats, likeliest) in zip(pairs, rows, found, strict=True):
             want = p.gather(-1, torch.tensor(y)[:, None]).sum().item()
             assert math.isclose(nats, want, rel_tol=2e-5)              # float32, as test_lorc.close
@@ -71,7 +71,7 @@ def test_a_prompt_that_attends_exactly_would_be_scored_by_the_full_model(case):
     def score(caches):
         return scoring.continuation_scores(llama, [(text[:30], text[30:31])], caches)[0][0]
     full = score(lambda n, B: lorc.new_caches(llama, "full", n, B=B))
-    loose, strict = score(make), score(lambda n, B: make(n, B, strict=True))
+    loose, strict = score(make), score(lambda n, B: make(n, B, simulate_decoding=True))
     two_branches = hasattr(make(8, 1)[-1], "ring_k")
     assert math.isclose(loose, full if two_branches else strict, rel_tol=2e-5)
     assert math.isclose(strict, full, rel_tol=1e-3) == (not hasattr(make(8, 1)[-1], "c_k"))
@@ -83,7 +83,7 @@ def test_a_text_goes_on_greedily_up_to_the_first_stop(case):
 
     def go_on(prompt=text[:20], n=12, stops=()):
         return scoring.continue_until(llama, tokenizer, prompt, make, n, stops)
-    tokens = list(lorc.generate(llama, make(31, 1), torch.tensor([text[:20]]), 12))
+    tokens = [t.item() for t in lorc.generate(llama, make(31, 1), torch.tensor([text[:20]]), 12)]
     whole = tokenizer.fast.decode(tokens)
     assert go_on() == whole
     assert go_on(stops=[whole[-2:], whole[7:9]]) == whole[:whole.index(whole[7:9])]

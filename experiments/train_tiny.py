@@ -45,7 +45,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cache import FullCache                                        # noqa: E402
-from model import Config, Llama, Tokenizer, hf_name, load          # noqa: E402
+from model import Config, Llama, hf_name, load                     # noqa: E402
+from runtime.text import Tokenizer                                 # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 END = "<|endoftext|>"                 # id 0; between stories, so that it both begins and ends one
@@ -126,9 +127,9 @@ def sample(teacher: Llama, bos: int, r: Recipe, shard: int) -> np.ndarray:
     caches = [FullCache(B, N, c.kv_heads, c.head_dim, dtype, DEVICE) for _ in range(c.layers)]
     told = torch.full((B, 1), bos, device=DEVICE)
     for n in range(1, r.length):
-        if n == 1 or caches[0].n == N - 1:                 # begin, or begin anew
+        if n == 1 or caches[0].length == N - 1:                 # begin, or begin anew
             for cache in caches:
-                cache.n = 0
+                cache.length = 0
             x = told[:, -r.keep:]
         logits = teacher.head(teacher.hidden(x, caches)[:, -1])
         x = pick(logits, r.temperature)

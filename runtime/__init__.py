@@ -6,7 +6,7 @@
     checkpoint.py   find a folder or Hub id, refuse a bad one in a line; saved bases
     text.py         tokenizer, chat template in its sandbox, streaming
     fast.py         --compile: the decode step with fixed shapes, one CUDA graph
-    many.py         torchrun: layers over several processes
+    distributed.py  torchrun: the layers of one model over several processes
 
 lorc.py, cache.py, model.py and theory.py import none of it (but for `python lorc.py` itself).
 """

@@ -1,37 +1,33 @@
-"""A checkpoint may come from anyone: find it, and refuse in one line whatever is wrong with it.
+"""Checkpoints from anyone: find a checkpoint and validate it before it is read.
 
-`check` holds a folder's config and the headers of its weights against what model.py computes with,
-before anything is allocated; model.load then reads it without a second thought. Also here: the
-bases that --save writes and --bases reads.
+`check` compares a folder's configuration and the headers of its weights with what model.py supports
+before anything is allocated. Whatever is wrong is reported in one line, as a UserError. Afterwards
+model.load can read the folder without further checks.
 """
 import json
-import os
 import re
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 import model
-from cache import Basis
-from lorc import Plan, log_kappa_tilde
-from model import HF_CONFIG, ROPE_NUMBERS, UserError, hf_name, read_config
-from runtime import many
+from model import HF_CONFIG, MISSING, ROPE_NUMBERS, SUPPORTED, UserError, hf_name, read_config
 
 HUB_FILES = ["config.json", "generation_config.json", "model*.safetensors",
              "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
              "chat_template.jinja"]
 DTYPES = {"F64", "F32", "F16", "BF16"}
+NULLABLE = {"num_key_value_heads", "head_dim", "sliding_window", "rope_theta"}
+MAX_CONFIG, MAX_HEADER, MAX_JSON = 2**20, 2**20, 2**22                  # bytes
 
 
 # Finding and reading files -----------------------------------------------------------------------
 
 def find_model(name: str) -> Path:
-    """A checkpoint's folder: `name` itself, or what the Hub has under that id. Raises UserError.
+    """The folder of a checkpoint: `name` itself, or a download from the Hugging Face Hub.
 
-    Of a Hub repository only HUB_FILES are downloaded, into huggingface_hub's cache.
+    Only HUB_FILES of a repository are downloaded, into huggingface_hub's cache. Raises UserError.
     """
     if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         return Path(name)
@@ -39,20 +35,37 @@ def find_model(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except errors.GatedRepoError:
-        why = "the Hub gives it to those it lets in only: ask on its page, then `hf auth login`"
+        why = "gives access on request only: ask on the model's page, then run `hf auth login`"
     except errors.RepositoryNotFoundError:
-        why = "the Hub has none of that name, or not for you (`hf auth login`)"
+        why = "has no such model, or it is private (`hf auth login`)"
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        why = "the Hub cannot be reached and none was downloaded before"
-    except Exception as e:                          # whatever else the network can do
-        why = f"the Hub says: {str(e):.100}"
-    raise UserError(f"{name} is no folder here; {why}")
+        why = "cannot be reached, and the model was not downloaded before"
+    except Exception as e:                          # whatever else a network can do
+        why = f"answers: {str(e):.100}"
+    raise UserError(f"there is no folder {name}, and the Hugging Face Hub, which was asked for a "
+                    f"model of that name, {why}")
 
 
-def read_text(path: Path, most: int = 2**26) -> str:
-    """A small file of a checkpoint. Raises UserError: no file, above `most` bytes, not UTF-8."""
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a plain file")
+def is_inside(folder: Path, path: Path) -> bool:
+    """Whether path is a regular file in the folder, and not a link to a file elsewhere.
+
+    The Hub's cache is an exception: there, snapshots/x/file links to blobs/hash.
+    """
+    try:
+        target, home = path.resolve(), folder.resolve()
+    except (ValueError, RuntimeError):              # not a valid name, or a link to itself
+        return False
+    blobs = home.parent.parent / "blobs"
+    in_hub_cache = home.parent.name == "snapshots" and blobs in target.parents
+    return path.is_file() and (home in target.parents or in_hub_cache)
+
+
+def read_text(folder: Path, name: str, most: int = MAX_JSON) -> str:
+    """The text of one of a checkpoint's files. Raises UserError if it has more than `most` bytes.
+    """
+    path = folder / name
+    if path.exists() and not is_inside(folder, path):
+        raise UserError(f"{path} is not a plain file in this folder; copy it there")
     try:
         if path.stat().st_size > most:
             raise UserError(f"{path} is larger than {most >> 20} MiB, which no model needs")
@@ -63,30 +76,19 @@ def read_text(path: Path, most: int = 2**26) -> str:
         raise UserError(f"{path} is not UTF-8 text (byte {e.start})") from None
 
 
-def read_json(path: Path) -> dict:
-    """The JSON object in a file. Raises UserError when there is none to be had."""
-    text = read_text(path)
+def read_json(folder: Path, name: str) -> dict:
+    """The JSON object in one of a checkpoint's files. Raises UserError if there is none."""
+    text = read_text(folder, name, MAX_CONFIG if name == "config.json" else MAX_JSON)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is not valid JSON: {e}") from None
+        raise UserError(f"{folder / name} is not valid JSON: {e}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} should hold a JSON object, not a {type(value).__name__}")
+        raise UserError(f"{folder / name} should hold a JSON object, not a {type(value).__name__}")
     return value
 
 
-def inside(folder: Path, path: Path) -> bool:
-    """Is this a file, and no link out of its folder? The Hub's cache links snapshots/x to blobs."""
-    try:
-        real, home = path.resolve(), folder.resolve()
-    except (ValueError, RuntimeError):                             # no name at all, or a loop
-        return False
-    blobs = home.parent.parent / "blobs"
-    return path.is_file() and (home in real.parents or
-                               home.parent.name == "snapshots" and blobs in real.parents)
-
-
-# The check ---------------------------------------------------------------------------------------
+# Validating a folder -----------------------------------------------------------------------------
 
 def check(folder) -> None:
     """Raises UserError unless the folder holds a LLaMA that model.load can read."""
@@ -95,55 +97,69 @@ def check(folder) -> None:
         raise UserError(f"{folder} is not a folder; --model takes one in Hugging Face layout")
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} holds no config.json; give a folder in Hugging Face layout")
-    config = check_config(read_json(folder / "config.json"), folder)
-    files = check_files(folder)
-    if config.layers > len(files):                  # else the next lines would build them all
+    config = check_config(read_json(folder, "config.json"), folder)
+    tensors = check_files(folder)
+    if config.layers > len(tensors):                # otherwise the next lines would build them all
         raise UserError(f"config.json has {config.layers} layers, "
-                        f"{folder} only {len(files)} tensors")
+                        f"but {folder} has only {len(tensors)} tensors")
     try:
         with torch.device("meta"):                  # shapes only: nothing is allocated
             llama = model.Llama(config)
     except (RuntimeError, TypeError, OverflowError):
         raise UserError("config.json's sizes are beyond what a tensor can have") from None
     wanted = {hf_name(name): tuple(p.shape) for name, p in llama.named_parameters()}
-    check_names(folder, files, wanted, config.tied)
-    check_shapes(files, wanted)
+    check_names(folder, tensors, wanted, config.tied)
+    check_shapes(tensors, wanted)
+    if config.tied:
+        check_tied(tensors)
 
 
 def check_config(raw: dict, folder) -> model.Config:
-    """Numbers are numbers and within bounds, and model.py knows what they ask for."""
-    for key in ("rope_scaling", "rope_parameters"):
-        if not isinstance(raw.get(key) or {}, dict):
-            raise UserError(f"config.json: {key} should be an object, not {raw[key]!r:.40}")
-    rope = (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
-    for key in ("model_type", "hidden_act"):
-        if not isinstance(raw.get(key, ""), str):
-            raise UserError(f"config.json asks for a {raw[key]!r:.40} model, which is not known")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if not isinstance(kind, str):
-        raise UserError(f"config.json asks for RoPE of type {kind!r:.40}, which is not known")
-    optional = {"num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"}
+    """The configuration, if all its numbers have the right type and size. Raises UserError."""
+    for key, values in SUPPORTED.items():
+        if raw.get(key) not in values:
+            read_config(folder)                     # raises, and names the key
+    raw = MISSING[raw["model_type"]] | raw
     for key in HF_CONFIG.values():
-        number(raw, key, float if key == "rms_norm_eps" else int, key in optional)
-    number({"rope_theta": rope.get("rope_theta", raw.get("rope_theta"))}, "rope_theta", float, True)
-    rope.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
-    for key in ROPE_NUMBERS.get(kind, ()):
-        number(rope, key, float)
+        check_number(raw, key, float if key == "rms_norm_eps" else int)
+    check_number(raw, "sliding_window", int)
+    check_rope(raw)
     config = read_config(folder)
-    if min(config.rope["theta"], config.rope.get("factor", 1)) < 1:
+    rope = config.rope
+    if min(rope["theta"], rope.get("factor", 1)) < 1:
         raise UserError("config.json: rope_theta and factor should be at least 1")
-    if kind == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
+    if rope["type"] == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
         raise UserError("config.json: low_freq_factor should be below high_freq_factor")
-    if config.heads % config.kv_heads or config.head_dim % 2:
+    if config.heads % config.kv_heads or config.head_dim % 2 or config.head_dim == 0:
         raise UserError(f"config.json: {config.heads} query heads must be a multiple of "
                         f"{config.kv_heads} KV heads, and head_dim {config.head_dim} must be even")
     return config
 
 
-def number(raw: dict, key: str, kind=int, optional=False) -> None:
-    """raw[key] is a positive number of the given kind, within bounds; absent only if `optional`."""
+def check_rope(raw: dict) -> None:
+    """Raises UserError unless config.json describes a RoPE with valid numbers."""
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise UserError("config.json: rope_scaling or rope_parameters should be one flat object, "
+                        f"not {rope!r:.40}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(kind, str):
+        raise UserError(f"config.json has RoPE of type {kind!r:.40}; it should be a name")
+    original = "original_max_position_embeddings"
+    rope = {"rope_theta": raw.get("rope_theta"), original: raw["max_position_embeddings"]} | rope
+    if original in raw:
+        rope[original] = raw[original]
+    for key in ("rope_theta", *ROPE_NUMBERS.get(kind, ())):
+        check_number(rope, key, float)
+
+
+def check_number(raw: dict, key: str, kind) -> None:
+    """Raises UserError unless raw[key] is a positive number of this kind within bounds.
+
+    The keys in NULLABLE may be null or missing.
+    """
     value = raw.get(key)
-    if value is None and optional:
+    if value is None and key in NULLABLE:
         return
     below = 2**31 if kind is int else 1e30
     if type(value) not in {int, kind} or not 0 < value < below:
@@ -151,159 +167,108 @@ def number(raw: dict, key: str, kind=int, optional=False) -> None:
                         f"{'2**31' if kind is int else '1e30'}, not {value!r:.40}")
 
 
-def check_files(folder: Path) -> dict[str, Path]:
-    """Which file holds which tensor: files of this folder, or of a Hub cache, each name once."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
+class Stored:
+    """Where a tensor is stored, and its dtype and shape, from the header of its file."""
+
+    def __init__(self, path: Path, entry: dict):
+        self.path, self.dtype, self.shape = path, entry["dtype"], tuple(entry["shape"])
+
+
+def check_files(folder: Path) -> dict[str, Stored]:
+    """All tensors of a checkpoint by name: of one file, or of the shards that its index names."""
+    index = "model.safetensors.index.json"
+    if not (folder / index).exists():
         path = folder / "model.safetensors"
         if not path.exists():
-            raise UserError(f"{folder} holds no model.safetensors and no {index.name}"
+            raise UserError(f"{folder} holds no model.safetensors and no {index}"
                             " (pickled .bin weights are never read)")
-        if not inside(folder, path):
+        if not is_inside(folder, path):
             raise UserError(f"{path} is not a plain file in this folder; copy it there")
-        return dict.fromkeys(header(path), path)
-    names, files = read_json(index).get("weight_map"), {}
+        return read_header(path)
+    names, tensors = read_json(folder, index).get("weight_map"), {}
     if not isinstance(names, dict) or not names:
-        raise UserError(f"{index} has no weight_map")
+        raise UserError(f"{folder / index} has no weight_map")
     for shard in sorted(set(map(str, names.values()))):
-        if Path(shard).name != shard or not inside(folder, folder / shard):
-            raise UserError(f"{index.name} names the shard {shard!r:.80}, "
+        if Path(shard).name != shard or not is_inside(folder, folder / shard):
+            raise UserError(f"{index} names the shard {shard!r:.80}, "
                             f"which is not a file in {folder}")
-        held = dict.fromkeys(header(folder / shard), folder / shard)
-        if twice := files.keys() & held:
-            raise UserError(f"{shard} holds {min(twice)!r:.80}, and so does another shard")
-        files |= held
-    return files
+        new = read_header(folder / shard)
+        twice = sorted(tensors.keys() & new.keys())
+        if twice:
+            raise UserError(f"{shard} holds {twice[0]!r:.80}, and so does another shard")
+        tensors |= new
+    return tensors
 
 
-def header(path: Path) -> list[str]:
-    """The names of the tensors in one safetensors file. Raises UserError when one comes twice."""
+def read_header(path: Path) -> dict[str, Stored]:
+    """The tensors in one safetensors file. Raises UserError if the library cannot read it.
+
+    The header is parsed here once more because the library accepts a name that occurs twice.
+    """
     try:
-        with safe_open(path, "pt") as f, open(path, "rb") as raw:
-            names, size = list(f.keys()), int.from_bytes(raw.read(8), "little")
-            keys = json.loads(raw.read(size), object_pairs_hook=lambda pairs: [k for k, _ in pairs])
+        with open(path, "rb") as f:
+            size = int.from_bytes(f.read(8), "little")
+            if size > MAX_HEADER:
+                raise ValueError(f"its header should have {size:,} bytes; up to {MAX_HEADER:,} are "
+                                 "supported")
+            pairs = json.loads(f.read(size), object_pairs_hook=list)
+        with safe_open(path, "pt"):                 # validates the header against the file
+            pass
     except (SafetensorError, OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path} is not a readable safetensors file: {e}; fetch it again "
                         "(with git: `git lfs pull`)") from None
-    if len(names) != sum(key != "__metadata__" for key in keys):
-        raise UserError(f"{path} is not a readable safetensors file: a name comes twice in it")
-    return names
+    entries = [(name, dict(entry)) for name, entry in pairs if name != "__metadata__"]
+    if len(entries) != len(dict(entries)):
+        raise UserError(f"{path} is not a readable safetensors file: a name occurs twice in it")
+    return {name: Stored(path, entry) for name, entry in entries}
 
 
-def check_names(folder, files, wanted, tied) -> None:
-    """Raises UserError when a tensor is missing, or is there and nothing here computes with it."""
-    ignorable = re.compile(r"rotary_emb\.inv_freq$" + (r"|^lm_head\.weight$" if tied else ""))
-    for name in files.keys() - wanted.keys():
-        if not ignorable.search(name):
-            raise UserError(f"{folder} holds the tensor {name!r:.80}, "
-                            "which nothing here computes with")
+def check_names(folder, tensors, wanted, tied) -> None:
+    """Raises UserError if a tensor is missing, or if one is stored that the model does not have."""
+    ignored = r"rotary_emb\.inv_freq$"
+    if tied:
+        ignored += r"|^lm_head\.weight$"
+    for name in tensors.keys() - wanted.keys():
+        if not re.search(ignored, name):
+            raise UserError(f"{folder} holds the tensor {name!r:.80}, which is not supported")
     for name in wanted:
-        if name not in files:
+        if name not in tensors:
             raise UserError(f"{folder} lacks the tensor {name}")
 
 
-def check_shapes(files, wanted) -> None:
+def check_shapes(tensors, wanted) -> None:
     """Raises UserError for a tensor of another shape than config.json implies, or quantized."""
-    for path in sorted(set(files.values())):
-        with safe_open(path, "pt") as f:
-            for name in wanted.keys() & set(f.keys()):
-                part = f.get_slice(name)
-                if part.get_dtype() not in DTYPES:
-                    raise UserError(f"{path.name}: {name} is stored as {part.get_dtype()}; "
-                                    "quantized weights are not read here")
-                if tuple(part.get_shape()) != wanted[name]:
-                    raise UserError(f"{path.name}: {name} has shape {tuple(part.get_shape())}, "
-                                    f"config.json implies {wanted[name]}")
+    for name in wanted:
+        found = tensors[name]
+        if found.dtype not in DTYPES:
+            raise UserError(f"{found.path.name}: {name} is stored as {found.dtype}; "
+                            "quantized weights are not supported")
+        if found.shape != wanted[name]:
+            raise UserError(f"{found.path.name}: {name} has shape {found.shape}, "
+                            f"config.json implies {wanted[name]}")
+
+
+def check_tied(tensors) -> None:
+    """Raises UserError if the head is tied to the embedding, but another one is stored.
+
+    transformers uses the stored head in this case, and model.load would use the embedding.
+    """
+    head, embed = tensors.get(hf_name("head.weight")), tensors[hf_name("embed.weight")]
+    if head is None:
+        return
+    same = head.dtype == embed.dtype and head.shape == embed.shape
+    if same:
+        with safe_open(head.path, "pt") as f, safe_open(embed.path, "pt") as g:
+            same = torch.equal(f.get_tensor(hf_name("head.weight")),
+                               g.get_tensor(hf_name("embed.weight")))
+    if not same:
+        raise UserError("config.json has tie_word_embeddings true, but the stored lm_head.weight "
+                        "differs from the embedding; set it to false to use this head")
 
 
 def check_numbers(llama) -> None:
-    """Raises UserError for a weight that is not finite in the dtype that was asked for."""
+    """Raises UserError for a weight that is not finite in the dtype in which it was loaded."""
     for name, p in llama.named_parameters():
-        if not torch.isfinite(p.sum(dtype=torch.float32)):
+        if not torch.isfinite(torch.stack(torch.aminmax(p))).all():
             raise UserError(f"{hf_name(name)} holds NaN or infinite numbers "
                             f"in {str(p.dtype)[6:]}")
-
-
-# Saving bases ------------------------------------------------------------------------------------
-
-def fingerprint(llama):
-    """What ties bases to a model: its shape in words, some numbers of every Wk and Wv (2L, 16)."""
-    rows = [W.weight[0, :16] for layer in llama.layers for W in (layer.attn.Wk, layer.attn.Wv)]
-    return repr(llama.config), torch.stack(many.gather([row.float().cpu() for row in rows]))
-
-
-def save_bases(folder, llama, plan, bases):
-    """Write bases and plan to folder/bases.safetensors: whole or not at all. Raises UserError."""
-    shape, numbers = fingerprint(llama)
-
-    def on_cpu(b):
-        return Basis(*(x if x is None else x.cpu() for x in b))
-    bases = many.gather([pair and tuple(map(on_cpu, pair)) for pair in bases])
-    if many.place()[0] > 0:
-        return
-    tensors = {f"layers.{i}.{kind}.{part}": x.clone(memory_format=torch.contiguous_format)
-               for i, pair in enumerate(bases) if pair
-               for kind, b in zip("kv", pair) for part, x in b._asdict().items() if x is not None}
-    about = {"model": shape,
-             "plan": json.dumps({"log_kappa": plan.log_kappa, "ranks": plan.ranks})}
-    path = Path(folder) / "bases.safetensors"
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(save(tensors | {"model": numbers}, about))
-        os.replace(beside, path)
-    except OSError as e:
-        raise UserError(f"--save {folder}: {e.strerror or e}; give a folder that can be "
-                              "written to") from None
-    finally:
-        with suppress(OSError):
-            beside.unlink()
-
-
-def fits(b, d_c, config):
-    """Whether a basis has d_c columns for this model and numbers that can be computed with."""
-    whole = b.down.shape == b.up.T.shape == (d_c, config.kv_width)
-    if b.turns is not None:
-        first, half = b.turns[:d_c // 2], config.head_dim // 2
-        whole &= b.turns.dtype == torch.int64
-        whole &= torch.equal(b.turns, torch.cat((first, first + half)))
-        whole &= bool(((first >= 0) & (first < half)).all())
-    return whole and (b.down @ b.up).isfinite().all()
-
-
-def load_bases(folder, llama):
-    """The plan and the bases in folder/bases.safetensors. Raises UserError if they do not fit."""
-    path, L, d_max = Path(folder) / "bases.safetensors", llama.config.layers, llama.config.kv_width
-    own = many.share(L)
-    if not path.is_file():
-        raise UserError(f"{folder} holds no {path.name}; give the folder that --save wrote")
-    try:
-        with safe_open(path, "pt") as f:
-            about, tensors = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}
-        saved = json.loads(about["plan"])
-        kappa, ranks = ([(a, b) for a, b in saved[name]] for name in ("log_kappa", "ranks"))
-        shape, numbers = fingerprint(llama)
-        if about["model"] != shape or not torch.allclose(tensors["model"], numbers, 0.01, 1e-4):
-            raise UserError(f"{path} was made for another model; make new ones with --save")
-        good = len(kappa) == len(ranks) == L
-        good &= all(type(x) is float for pair in kappa for x in pair)
-        if not (good and all(type(x) is int and 1 <= x <= d_max for pair in ranks for x in pair)):
-            raise ValueError
-        like = llama.norm.weight
-
-        def read(name):
-            down, up, turns = (tensors.get(f"{name}.{part}") for part in Basis._fields)
-            turns = turns if turns is None else turns.to(like.device)
-            return Basis(down.to(like), up.to(like), turns)
-        bases = [None if pair == (d_max, d_max) else
-                 tuple(read(f"layers.{i}.{kind}") for kind in "kv")
-                 for i, pair in list(enumerate(ranks))[own]]
-        if not all(fits(b, d_c, llama.config)
-                   for pair, dims in zip(bases, ranks[own]) if pair for b, d_c in zip(pair, dims)):
-            raise ValueError
-    except UserError:
-        raise
-    except Exception:                               # anything at all can be wrong with a file
-        raise UserError(f"{path} holds no bases that can be read; make some with --save"
-                              ) from None
-    return Plan(kappa, log_kappa_tilde([k + v for k, v in kappa]), ranks, d_max), bases

@@ -29,8 +29,8 @@ def answer(name, work):
         import torch
 
         from model import UserError
-        from runtime.many import processes
-        with torch.inference_mode(), processes():
+        from runtime.distributed import process_group
+        with torch.inference_mode(), process_group():
             status = work()
         print(end="", flush=True)                      # standard output may be closed
         return status

@@ -11,7 +11,8 @@ from torch import einsum
 
 import cache
 import model
-from cache import GROUP, Latents, dequantize, mix, quantize, scores, softmax
+from cache import GROUP, Latents, dequantize, quantize, scores, softmax, weighted_sum
+from runtime.commuting import CommutingBasis
 
 
 class Static(NamedTuple):
@@ -32,7 +33,7 @@ class Static(NamedTuple):
 
 def settled(cache) -> bool:
     """Whether these steps can take over: sinks and window, if there are any, are full."""
-    return cache.n >= getattr(cache, "sinks", 0) + getattr(cache, "window", 0)
+    return cache.length >= getattr(cache, "sinks", 0) + getattr(cache, "window", 0)
 
 
 # One token, each cache ---------------------------------------------------------------------------
@@ -44,20 +45,20 @@ def full(self, q, k, v, rope, at):
 
 
 def compressed(self, q, k, v, rope, at):
-    put(self.c_k, self.K.latents(k, rope, at), at)
-    put(self.c_v, self.V.shrink(v), at)
+    put(self.c_k, self.K.cached_latents(k, rope, at), at)
+    put(self.c_v, self.V.project(v), at)
     s = latent_scores(rope(q, at), self.c_k.c, self.K, slice(0, self.capacity), rope)
     seen = torch.arange(self.capacity, device=at.device)[:, None] <= at
     p = softmax(s.where(seen, -torch.inf), 1)                                    # (B, S, H)
-    return self.V.heads(einsum("bsh,bsc->bhc", p, self.c_v.c)[:, None], q.shape[-1])
+    return self.V.reconstruct_heads(einsum("bsh,bsc->bhc", p, self.c_v.c)[:, None], q.shape[-1])
 
 
 def bibranch(self, q, k, v, rope, at):
     place = at - self.sinks
     slot, gone = place % max(1, self.window), place - self.window
     gone_k, gone_v = (self.ring_k[:, slot], self.ring_v[:, slot]) if self.window else (k, v)
-    put(self.c_k, self.K.latents(gone_k, rope, at - self.window), gone)
-    put(self.c_v, self.V.shrink(gone_v), gone)
+    put(self.c_k, self.K.cached_latents(gone_k, rope, at - self.window), gone)
+    put(self.c_v, self.V.project(gone_v), gone)
     if self.window:
         self.ring_k[:, slot], self.ring_v[:, slot] = k, v
     ring = at - (slot - torch.arange(self.window, device=at.device)) % max(1, self.window)
@@ -68,9 +69,9 @@ def bibranch(self, q, k, v, rope, at):
     first = scores(q, torch.cat(exact, 1))[:, 0].transpose(1, 2)
     p = softmax(torch.cat((first, late.where(filled[:, None], -torch.inf)), 1), 1)
     exact = torch.cat((self.sink_v, self.ring_v), 1)
-    o = mix(p[:, :exact.shape[1]].transpose(1, 2)[:, None], exact)
+    o = weighted_sum(p[:, :exact.shape[1]].transpose(1, 2)[:, None], exact)
     c = einsum("bsh,bsc->bhc", p[:, exact.shape[1]:], c_v)[:, None]
-    return o + self.V.heads(c, self.d)
+    return o + self.V.reconstruct_heads(c, self.d)
 
 
 def latent_scores(q, c, K, places, rope):
@@ -80,10 +81,10 @@ def latent_scores(q, c, K, places, rope):
     queries of its group in registers, and no rotated key is ever stored. Heads come last, as they
     lie in memory: softmax and product then pass over them in that order.
     """
-    if K.turns is not None:
-        return einsum("bthc,bsc->bsh", K.fold(q), c)
+    if isinstance(K, CommutingBasis):
+        return einsum("bthc,bsc->bsh", K.absorb(q), c)
     d = q.shape[-1]
-    first, second = halves(rope, K.expand(c, d), places)                     # (B, S, G, d/2)
+    first, second = halves(rope, K.reconstruct(c, d), places)                     # (B, S, G, d/2)
     q = q.unflatten(2, (first.shape[2], -1)) * d**-0.5                       # (B, 1, G, H/G, d)
     s = [(first * one[..., :d // 2] + second * one[..., d // 2:]).sum(-1) for one in q.unbind(3)]
     return torch.stack(s, -1).flatten(2)
@@ -103,13 +104,13 @@ def put(store, c, at):
     if isinstance(store, Latents):
         store.c[:, at] = c
         return
-    store.waiting[:, at % GROUP] = c
-    if groups := store.low.shape[1]:
+    store.pending[:, at % GROUP] = c
+    if groups := store.minimum.shape[1]:
         complete, group = (at + 1) % GROUP == 0, (at // GROUP).clamp(max=groups - 1)
-        packed, low, step = quantize(store.waiting)
+        packed, low, step = quantize(store.pending)
         half = group * GROUP // 2 + torch.arange(GROUP // 2, device=at.device)
-        for buffer, i, x in ((store.packed, half, packed), (store.low, group, low),
-                             (store.step, group, step)):
+        for buffer, i, x in ((store.packed, half, packed), (store.minimum, group, low),
+                             (store.scale, group, step)):
             now = complete.view(-1, *[1] * (x.dim() - 2))
             buffer[:, i] = torch.where(now, x, buffer[:, i])
 
@@ -120,9 +121,9 @@ def whole(store, at):
         places = torch.arange(store.c.shape[1], device=at.device)
         return store.c, places, places <= at
     old, new = (torch.arange(n, device=at.device)
-                for n in (2 * store.packed.shape[1], store.waiting.shape[1]))
+                for n in (2 * store.packed.shape[1], store.pending.shape[1]))
     done = (at + 1) // GROUP * GROUP
-    c = torch.cat((dequantize(store.packed, store.low, store.step), store.waiting), 1)
+    c = torch.cat((dequantize(store.packed, store.minimum, store.scale), store.pending), 1)
     return c, torch.cat((old, done + new)), torch.cat((old < done, done + new <= at))
 
 
@@ -139,7 +140,7 @@ def compiled(llama, caches, B=1):
     device, graph, logits = llama.norm.weight.device, None, None
     fused = device.type == "cuda" and B == 1               # the compiler's own matrix times vector
     block = torch.compile(model.Block.forward, options={"coordinate_descent_tuning": fused})
-    at = torch.tensor([caches[0].n], device=device)
+    at = torch.tensor([caches[0].length], device=device)
     steps, tokens = [Static(cache, at) for cache in caches], None
 
     def step():
@@ -177,7 +178,7 @@ def stepper(llama, caches, compile):
 
     def step(tokens):
         nonlocal fixed
-        if compile and fixed is None and caches[0].n and all(map(settled, caches)):
+        if compile and fixed is None and caches[0].length and all(map(settled, caches)):
             fixed = compiled(llama, caches)
         return (fixed or eager)(tokens)
     return step

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 import lorc
 import model
 from model import UserError
-from runtime import checkpoint, fast, many
+from runtime import checkpoint, distributed, fast, saved_bases
+from runtime.commuting import key_basis
 from runtime.report import report
+from runtime.scoring import negative_log_likelihood
 from runtime.text import Stream, Tokenizer
 
 
@@ -55,7 +57,7 @@ def measuring(llama, bases):
             squares = torch.stack([x.double().square().sum() for x in (err, k)])
             sums[layer, "kv".index(which)] += squares.cpu()
     errors = []
-    with lorc.listening(llama, add):
+    with lorc.observe_projections(llama, add):
         yield errors
     finite(sums, llama.norm.weight.dtype)
     errors += (sums[..., 0] / sums[..., 1].clamp(min=1e-30)).sqrt().tolist()
@@ -64,9 +66,9 @@ def measuring(llama, bases):
 def open_model(args):
     """The model and its tokenizer, on the device and in the dtype asked for. Raises UserError."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if many.place()[1] > 1 and args.compile:
+    if distributed.rank_and_world_size()[1] > 1 and args.compile:
         raise UserError("--compile is for one process; leave it out under torchrun")
-    if many.place()[1] > 1 and device.startswith("cuda"):
+    if distributed.rank_and_world_size()[1] > 1 and device.startswith("cuda"):
         if device != "cuda":
             raise UserError(f"--device {device} is one card, and torchrun gives each process "
                                   "its own; write --device cuda")
@@ -84,7 +86,7 @@ def open_model(args):
                               f"here: {', '.join(here)}") from None
     folder = checkpoint.find_model(args.model)
     checkpoint.check(folder)
-    llama = many.load(folder, dtype, device)
+    llama = distributed.load(folder, dtype, device)
     checkpoint.check_numbers(llama)
     return llama, Tokenizer(folder, llama.config)
 
@@ -123,7 +125,7 @@ def read_jobs(args, llama, tokenizer):
 def choose_bases(args, llama, tokenizer):
     """Plan and bases as the flags ask: loaded, or Alg. 1 with the C of --basis."""
     if args.bases is not None:
-        return checkpoint.load_bases(args.bases, llama)
+        return saved_bases.load_bases(args.bases, llama)
     d_max, moments = llama.config.kv_width, None
     if args.skip >= llama.config.layers:
         raise UserError(f"--skip {args.skip} leaves none of the model's "
@@ -133,7 +135,7 @@ def choose_bases(args, llama, tokenizer):
     if args.basis == "norm":
         moments = lorc.norm_moments(llama)
     if args.calibrate is not None:
-        tokens = many.from_first(lambda: tokenizer.encode(read_text(args.calibrate)))
+        tokens = distributed.run_on_rank_0(lambda: tokenizer.encode(read_text(args.calibrate)))
         context = min(1024, llama.config.context)
         usable = sum(max(0, min(context, len(tokens) - i) - args.sinks)
                      for i in range(0, min(len(tokens), 32 * context), context))
@@ -143,27 +145,27 @@ def choose_bases(args, llama, tokenizer):
         tokens = torch.tensor(tokens, device=llama.norm.weight.device)
         moments = lorc.calibrated_moments(llama, tokens, args.basis, args.sinks, context)
         moments = [finite(C, llama.norm.weight.dtype) for C in moments]
-    commuting = args.basis == "commuting"
-    plan = lorc.make_plan(many.gather(lorc.log_kappas(llama)), d_max, args.kept, args.d_min,
-                          args.threshold, args.schedule, args.skip, args.split, commuting)
-    own = many.share(llama.config.layers)
-    return plan, lorc.make_bases(llama, plan.ranks[own], moments, commuting)
+    commuting = key_basis if args.basis == "commuting" else None
+    plan = lorc.make_plan(distributed.gather(lorc.log_kappas(llama)), d_max, args.kept, args.d_min,
+                          args.threshold, args.schedule, args.skip, args.split, bool(commuting))
+    own = distributed.local_layers(llama.config.layers)
+    return plan, lorc.make_bases(llama, plan.ranks[own], moments, key_basis=commuting)
 
 
 def held(llama, caches, kind, plan):
     """Bytes of the buffers held, of a full cache for as many tokens, and the plan's fraction."""
     peak = [torch.cuda.max_memory_allocated()] if llama.norm.weight.is_cuda else []
-    return {"kind": kind, "bytes": sum(many.gather([c.nbytes for c in caches])),
-            "full_bytes": lorc.full_bytes(llama, caches[0].capacity),
+    return {"kind": kind, "bytes": sum(distributed.gather([c.nbytes for c in caches])),
+            "full_bytes": lorc.full_cache_bytes(llama, caches[0].capacity),
             "dtype": str(llama.norm.weight.dtype)[6:],
             "kept": 1.0 if kind == "full" else plan.kept} | (
-                {"memory": many.gather(peak)} if peak else {})
+                {"memory": distributed.gather(peak)} if peak else {})
 
 
 def checked_step(llama, caches, compile):
     """generate's step: compiled as soon as the caches allow, the same in all processes, finite."""
     step = fast.stepper(llama, caches, compile)
-    return lambda tokens: finite(many.agreed(step(tokens)))
+    return lambda tokens: finite(distributed.broadcast(step(tokens)))
 
 
 def speak(args, llama, tokenizer, ids, caches, bases, write):
@@ -175,12 +177,12 @@ def speak(args, llama, tokenizer, ids, caches, bases, write):
                           args.seed, checked_step(llama, caches, args.compile))
     try:
         with measuring(llama, bases) as errors:
-            tokens.append(next(steps))                                     # prefill
+            tokens.append(next(steps).item())                                     # prefill
         marks.append(time.perf_counter())
         while tokens[-1] not in tokenizer.ends:
             out.append(stream.step(tokens[-1]))
             write(out[-1])
-            tokens.append(next(steps))
+            tokens.append(next(steps).item())
     except StopIteration:
         status = "context" if n < args.max_new_tokens else "ok"
     except KeyboardInterrupt:
@@ -196,7 +198,7 @@ def score(args, llama, tokens, make_caches, bases):
     """Perplexity of a text under one cache."""
     start = time.perf_counter()
     with measuring(llama, bases) as errors:
-        nats, count = lorc.negative_log_likelihood(llama, tokens, args.context, make_caches)
+        nats, count = negative_log_likelihood(llama, tokens, args.context, make_caches)
         finite(torch.tensor(nats), llama.norm.weight.dtype)
     return {"perplexity": math.exp(min(nats / count, 700.0)), "tokens": count, "errors": errors,
             "status": "ok", "prefill": time.perf_counter() - start, "decode": 0.0}
@@ -212,14 +214,15 @@ def run_one(args, llama, tokenizer, kind, job, plan, bases, write):
         job = torch.tensor(job, device=llama.norm.weight.device)
 
         def make(capacity):
-            return lorc.new_caches(llama, kind, capacity, bases, strict=True, **options)
+            return lorc.new_caches(llama, kind, capacity, bases, simulate_decoding=True,
+                                   **options)
         result = score(args, llama, job, make, bases)
         caches = make(min(args.context, len(job)))                # only counted
     else:
         n = min(args.max_new_tokens, llama.config.context - len(job) + 1)
         caches = lorc.new_caches(llama, kind, len(job) + n - 1, bases, **options)
         result = speak(args, llama, tokenizer, job, caches, bases, write)
-    errors = many.gather(result["errors"])
+    errors = distributed.gather(result["errors"])
     return result | {"errors": errors, "cache": held(llama, caches, kind, plan)}
 
 
@@ -227,18 +230,18 @@ def run(args):
     """One command, from the model's folder to the report. Returns the exit status."""
     marks, plan, runs = [time.perf_counter()], None, []
     texts = [file for file in (args.perplexity, args.calibrate) if file not in (None, "-")]
-    for missing in many.from_first(lambda: [x for x in texts if not os.path.exists(x)]):
+    for missing in distributed.run_on_rank_0(lambda: [x for x in texts if not os.path.exists(x)]):
         raise UserError(f"{missing}: No such file or directory")     # before the model's time
     llama, tokenizer = open_model(args)
     args.context = args.context or llama.config.context
-    jobs = many.from_first(lambda: read_jobs(args, llama, tokenizer))
+    jobs = distributed.run_on_rank_0(lambda: read_jobs(args, llama, tokenizer))
     marks.append(time.perf_counter())
     bases = [None] * len(llama.layers)
     if args.cache != "full" or args.compare or args.plan or args.save is not None:
         plan, bases = choose_bases(args, llama, tokenizer)
     marks.append(time.perf_counter())
     if args.save is not None:
-        checkpoint.save_bases(args.save, llama, plan, bases)
+        saved_bases.save_bases(args.save, llama, plan, bases)
         print(f"wrote {Path(args.save) / 'bases.safetensors'}", file=sys.stderr)
     kinds, quiet = ["full", "compressed", "bibranch"], args.json or args.compare
     for kind, i in itertools.product(kinds if args.compare else [args.cache], range(len(jobs))):

@@ -50,7 +50,7 @@ def report(args, plan, runs, seconds):
 
 def plan_rows(plan, errors):
     """The plan as the table's and the JSON's rows: one dict a layer."""
-    layers = zip(plan.log_kappa, plan.log_tilde, plan.ranks)
+    layers = zip(plan.log_kappa, plan.log_kappa_tilde, plan.ranks)
     return [{"layer": i, "log_kappa_k": k, "log_kappa_v": v, "log_kappa": k + v,
              "log_kappa_tilde": t, "d_k": d_k, "d_v": d_v, "kept": (d_k + d_v) / (2 * plan.d_max)}
             | ({"error_k": errors[i][0], "error_v": errors[i][1]} if errors else {})

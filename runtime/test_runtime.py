@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 import cache
 import lorc
-from runtime import cli as command, fast, jobs as running, many
+from runtime import bounds, cli as command, distributed, fast, jobs as running
 from runtime.text import Stream, Tokenizer
 import model
 import theory
@@ -69,7 +69,7 @@ def test_loading_needs_at_most_a_quarter_more_memory_than_the_weights(tmp_path):
 
 @pytest.mark.parametrize("change, word", [
     ({"model_type": "gpt2"}, "gpt2"), ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
-    ({"sliding_window": 4096}, "sliding window"), ({"quantization_config": {"bits": 4}}, "quantized"),
+    ({"sliding_window": 63}, "sliding_window"), ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"), ({"hidden_act": "gelu"}, "gelu"),
     ({"rope_scaling": {"type": "linear"}}, "factor"), ({"hidden_size": -1}, "hidden_size"),
     ({"num_hidden_layers": "two"}, "num_hidden_layers"), ({"num_attention_heads": 3}, "multiple"),
@@ -165,8 +165,8 @@ FORGED = [
     (config(rope_theta=1e-9), "rope_theta and factor should be at least 1"),
     (config(rope_scaling=LLAMA3 | {"low_freq_factor": 4.0}), "low_freq_factor should be below"),
     (config(max_position_embeddings=-5), "max_position"),
-    (config(model_type=["llama"]), "['llama'] model"),
-    (config(rope_scaling="x"), "rope_scaling should be an object"),
+    (config(model_type=["llama"]), "model_type ['llama']; it should be a name"),
+    (config(rope_scaling="x"), "should be one flat object, not 'x'"),
     (file("config.json", b"[" * 100_000), "not valid JSON"),
     (file("config.json", b'{"a":' * 100_000), "not valid JSON"),
     (file("config.json", b"[]"), "should hold a JSON object, not a list"),
@@ -426,7 +426,7 @@ def test_json_reports_the_bytes_of_the_tensors_held(capsys, real):
 def test_the_reported_error_is_that_of_the_keys_of_the_prompt(real):
     """||k - U U^T k|| / ||k|| of layer 0, whose input no compression has touched yet."""
     llama, _, tokens = real
-    bases = lorc.lorc(llama, kept=0.5, schedule="uniform")[1]
+    bases = lorc.compress(llama, kept=0.5, schedule="uniform")[1]
     with running.measuring(llama, bases) as errors:
         llama.hidden(tokens, lorc.new_caches(llama, "compressed", tokens.shape[1], bases))
     layer = llama.layers[0]
@@ -470,10 +470,10 @@ def test_saved_bases_give_the_same_text_and_fit_no_other_model(plan, tmp_path, c
 
 def logits_step_by_step(kind, **options):
     """tiny/'s logits for a prompt of 80 tokens and 9 more, one by one; None but in the last process."""
-    llama = many.load(HERE / "tiny", torch.float32, "cpu")
+    llama = distributed.load(HERE / "tiny", torch.float32, "cpu")
     tokens = torch.randint(llama.config.vocab, (2, 89), generator=torch.Generator().manual_seed(0))
-    plan = lorc.make_plan(many.gather(lorc.log_kappas(llama)), llama.config.kv_width, kept=0.6)
-    bases = lorc.make_bases(llama, plan.ranks[many.share(llama.config.layers)])
+    plan = lorc.make_plan(distributed.gather(lorc.log_kappas(llama)), llama.config.kv_width, kept=0.6)
+    bases = lorc.make_bases(llama, plan.ranks[distributed.local_layers(llama.config.layers)])
     caches = lorc.new_caches(llama, kind, 89, bases, B=2, **options)
     return llama.head(torch.cat([llama.hidden(t, caches) for t in tokens.split([80] + 9 * [1], 1)], 1))
 
@@ -502,7 +502,7 @@ def one_of_two(folder):
     def run(args, run=running.run):
         running.run = run
         found = everything_in_these_processes(folder)
-        if many.place()[0] == 0:
+        if distributed.rank_and_world_size()[0] == 0:
             torch.save(found, Path(folder) / "logits")
         return run(args)
     running.run = run
@@ -525,7 +525,7 @@ def test_two_processes_say_what_one_says_bit_for_bit(tmp_path, capsys):
     assert all(torch.equal(got[name], want[name]) for name in want) and len(want) == 4
     saved = [load_file(folder / "bases.safetensors") for folder in (one, two)]
     assert saved[0].keys() == saved[1].keys() and all(torch.equal(x, saved[1][name]) for name, x in saved[0].items())
-    assert err.count("lorc: ") == 1 and "lorc: --kept 0.05 cannot" in err and started.returncode == 1
+    assert err.count("lorc: ") == 1 and "lorc: kept 0.05 cannot" in err and started.returncode == 1
 
 
 # The documents ------------------------------------------------------------------------- by hand ---
@@ -572,7 +572,7 @@ WRONG = [line.split(" -> ") for line in """
 --prompt w1 --kept 1.5  -> --kept: should be a fraction
 --prompt w1 --kept nan  -> --kept: should be a fraction
 --prompt w1 --kept half -> --kept: should be a fraction in (0, 1], not 'half'
---prompt w1 --kept 0.05 -> --kept 0.05 cannot be reached
+--prompt w1 --kept 0.05 -> kept 0.05 cannot be reached
 --prompt w1 --kept 0.5 --d-min 3    -> --d-min: not allowed with argument --kept
 --prompt w1 --d-min 0   -> --d-min: should be a positive count up to 10^9
 --prompt w1 --d-min 2.5 -> --d-min: should be a positive count up to 10^9
@@ -767,7 +767,7 @@ def test_a_dtype_that_the_device_lacks_ends_with_one_line(capsys, monkeypatch):
     (["--prompt", "bird " * 600], "tokens; give 1 to 511"), (["--mod", "x"], "unrecognized arguments")])
 def test_theory_answers_a_wrong_command_in_its_own_name(args, word, capsys):
     try:
-        status = theory.main(args)
+        status = bounds.main(args)
     except SystemExit as e:
         status = e.code
     out, err = capsys.readouterr()
