@@ -25,6 +25,7 @@ As a program, `python lorc.py --prompt "Once upon a time"` runs runtime/cli.py.
 import sys
 
 if __name__ == "__main__":
+    sys.path.insert(0, __file__.rpartition("/")[0] or ".")        # also with PYTHONSAFEPATH=1
     from runtime.cli import main
     sys.exit(main())
 
@@ -33,6 +34,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from cache import Basis, BiBranchCache, CompressedCache, FullCache
@@ -302,7 +305,7 @@ def generate(llama, caches, tokens, n, ends=(), temperature=0.0, top_p=1.0, seed
         tokens = new[:, None]
 
 
-# Beyond LoRC: bases for the inputs that occur (ASVD, CSKV) ---------------------------------------
+# Beyond LoRC: bases for the inputs that occur (ASVD, CSKV) ----------------------------------------
 
 def norm_moments(llama):
     """C = diag(gamma^2) of each layer; gamma is the weight of the RMSNorm before Wk and Wv."""
@@ -313,9 +316,8 @@ def calibrated_moments(llama, tokens, kind, sinks=4, context=1024, windows=32):
     """C of each layer's inputs, measured on text: tokens (N,).
 
     kind "asvd": diag(mean |x|), where CSKV starts (ASVD with alpha = 1/2). kind "whitened":
-    E[x x^T], whose basis is the optimum of CSKV's layer-wise fine-tuning [E30]. The uncompressed
-    model reads `windows` windows of `context` tokens. The first `sinks` positions of each are left
-    out, because their inputs are unlike all others. Sums are kept in float64.
+    E[x x^T], whose basis is the optimum of CSKV's layer-wise fine-tuning [E30]. The first `sinks`
+    positions of a window are left out: their inputs are unlike all others. Sums are in float64.
     """
     if kind not in ("asvd", "whitened"):
         raise ValueError(f"kind must be 'asvd' or 'whitened', not {kind!r}")
@@ -326,14 +328,19 @@ def calibrated_moments(llama, tokens, kind, sinks=4, context=1024, windows=32):
             x = x[0, sinks:].double()                                                  # (T, D)
             sums[layer] += x.abs().sum(0) if kind == "asvd" else x.T @ x
     with observe_projections(llama, add):
-        for x in tqdm(tokens[:windows * context].split(context), "calibrating", unit=" windows",
-                      leave=False, disable=None):
-            if len(x) > sinks:
-                llama.hidden(x[None], new_caches(llama, "full", len(x)))
-                count += len(x) - sinks
-    if count == 0:
-        raise ValueError(f"calibration needs a window of more than {sinks} tokens")
+        for x in split_windows(tokens, context, windows, sinks, "second moments"):
+            llama.hidden(x[None], new_caches(llama, "full", len(x)))
+            count += len(x) - sinks
     return [total / count for total in sums]
+
+
+def split_windows(tokens, context, windows, exact, title):
+    """The first windows of `context` tokens, those with more than `exact` tokens. Shows progress.
+    """
+    found = [x for x in tokens[:windows * context].split(context) if len(x) > exact]
+    if not found:
+        raise ValueError(f"the text needs a window of more than {exact} tokens")
+    return tqdm(found, title, unit=" windows", leave=False, disable=None)
 
 
 @contextmanager
@@ -348,3 +355,89 @@ def observe_projections(llama, observe):
     finally:
         for handle in hooks:
             handle.remove()
+
+
+# Beyond both papers: bases and ranks in the metric of the loss ------------------------------------
+
+def compress_for_loss(llama, tokens, kept=0.4, sinks=4, window=32, context=1024, windows=(32, 16),
+                      seed=0):
+    """The bases and ranks that cost the model the least likelihood. Returns (Plan, bases).
+
+    tokens (N,) are read in windows of `context` tokens: windows[0] of them on the uncompressed
+    model, then windows[1] with the bases found so far, and so on for more passes.
+    """
+    moments = calibrated_moments(llama, tokens, "whitened", sinks, context, windows[0])
+    bases = None
+    for i, n in enumerate(windows):
+        metrics = loss_metrics(llama, tokens, bases, sinks, window, context, n, seed + i)
+        ranks = sort_ranks(llama, kept, moments, metrics)
+        bases = make_bases(llama, ranks, moments, metrics)
+    kappas = log_kappas(llama)
+    return Plan(kappas, log_kappa_tilde(kappas), ranks, llama.config.kv_width), bases
+
+
+def sort_ranks(llama, kept, moments, metrics):
+    """(d_k, d_v) of each layer: the largest eigenvalues of all matrices, up to the fraction kept.
+
+    In the metric of the loss all eigenvalues have the same unit, nats per token. They are sorted in
+    steps of rank_multiple(d_max), and every matrix keeps at least one step.
+    """
+    step = rank_multiple(llama.config.kv_width)
+    spectra = [spectrum(W.weight, C, M)[0] for layer, C, pair in zip(llama.layers, moments, metrics)
+               for W, M in zip((layer.attn.Wk, layer.attn.Wv), pair)]
+    worth = torch.stack(spectra).unflatten(1, (-1, step)).sum(-1)              # (2*L, d_max/step)
+    worth[:, 0] = math.inf
+    chosen = worth.flatten().argsort(descending=True)[:max(len(worth), round(kept * worth.numel()))]
+    counts = (chosen // worth.shape[1]).bincount(minlength=len(worth)) * step
+    return list(zip(counts[::2].tolist(), counts[1::2].tolist()))
+
+
+def loss_metrics(llama, tokens, bases=None, sinks=4, window=32, context=1024, windows=32, seed=0):
+    """(M_k, M_v) of each layer, each E[g g^T] (G*d, G*d) in float32, measured on tokens (N,).
+
+    g is the gradient of the loss with respect to a key before rotation, or a value, through the
+    queries that read it from the low-rank part of a bi-branch cache with these bases (None: not
+    compressed). Labels are drawn from the model: M is then the Fisher information, and an error e
+    moves the model by about e^T M e / 2 nats. 1 % of the mean eigenvalue is added to the diagonal.
+    Memory: the weights, the activations of one layer and window, and all M.
+    """
+    c, like = llama.config, llama.norm.weight
+    eye = torch.eye(c.kv_width, dtype=like.dtype, device=like.device)
+    recording = [[RecordingBasis(b, window) for b in pair or (Basis(eye, eye), Basis(eye, eye))]
+                 for pair in bases or [None] * len(llama.layers)]
+    generator, count = torch.Generator(like.device).manual_seed(seed), 0
+    for x in split_windows(tokens, context, windows, sinks + window, "loss metric"):
+        caches = new_caches(llama, "bibranch", len(x), recording, sinks=sinks, window=window,
+                            simulate_decoding=True)
+        with torch.enable_grad():
+            logits = llama.head(llama.hidden(x[None], caches, recompute)[0]).float()       # (T, V)
+            labels = logits.detach().softmax(-1).multinomial(1, generator=generator)[:, 0]
+            F.cross_entropy(logits, labels, reduction="sum").backward()
+        count += len(x) - sinks - window
+    metrics = [[b.total / count for b in pair] for pair in recording]
+    return [tuple(M + 0.01 * M.trace() / len(M) * eye.float() for M in pair) for pair in metrics]
+
+
+def recompute(block, x, cache, rope):
+    """A layer whose activations are not kept but computed again in the backward pass."""
+    return checkpoint(block, x, cache, rope, use_reentrant=False)
+
+
+class RecordingBasis(Basis):
+    """A basis that adds up g g^T of the gradients g of all keys or values that it reconstructs."""
+
+    def __init__(self, basis, window):
+        super().__init__(basis.down, basis.up)
+        self.window, self.total = window, torch.zeros_like(basis.up @ basis.down, dtype=torch.float)
+
+    def reconstruct(self, c, d):
+        x = super().reconstruct(c, d).requires_grad_()                             # (B, T, G, d)
+        x.register_hook(self.add)
+        return x
+
+    def add(self, g):
+        """Gradients with |g|^2 above the mean are clipped to it: few tokens would dominate M."""
+        g = g[:, :g.shape[1] - self.window].flatten(2).flatten(0, 1).float()       # (B*T, G*d)
+        squares = g.square().sum(-1, keepdim=True)
+        g = g * (squares.mean() / squares).nan_to_num(0).clamp(max=1).sqrt()
+        self.total += g.T @ g

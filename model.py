@@ -92,7 +92,7 @@ class Rope:
 
 
 class Attention(nn.Module):
-    """Multi-head or grouped-query attention (Eqs. 2, 3, Sec. 4.3). The cache computes Eq. 1."""
+    """Multi-head or grouped-query attention, Eqs. 1-3 and Sec. 4.3. The cache computes Eq. 1."""
 
     def __init__(self, config: Config):
         super().__init__()

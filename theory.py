@@ -14,8 +14,14 @@ product and not Lipschitz [E15], so Theorems 2 and 3 do not cover a whole LLaMA 
 
     python theory.py [--model PATH] [--kept F]        bounds against measured errors, layer by layer
 """
-import math
 import sys
+
+if __name__ == "__main__":
+    sys.path.insert(0, __file__.rpartition("/")[0] or ".")        # also with PYTHONSAFEPATH=1
+    from runtime.cli import bounds_main
+    sys.exit(bounds_main())
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -229,8 +235,3 @@ def square_net(llama):
     """Matrices for Thm. 3 from a checkpoint: the largest square corner of each layer's Wk."""
     m = min(llama.config.kv_width, llama.config.width)
     return [layer.attn.Wk.weight.double()[:m, :m] for layer in llama.layers]
-
-
-if __name__ == "__main__":
-    from runtime.bounds import main
-    sys.exit(main())

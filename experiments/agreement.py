@@ -1,10 +1,11 @@
-"""Task accuracies out of evaluate.py's result, and how often each cache answers as the full one.
+"""Accuracies in a result of evaluate.py, and how often each cache answers as the full cache does.
 
-A model that is worse than always giving the commonest answer gains when a broken cache changes its
-answers at random; what a cache does to it is seen question by question. kappa is Cohen's: agreement
-beyond that of two independent answerers with the same frequencies, 0 for chance and 1 for all.
+A model that answers worse than a constant guess can gain accuracy from a cache that changes its
+answers at random. What a cache does to the model is visible only question by question: as the
+fraction of answers that equal the full cache's, and as Cohen's kappa, which is 0 for the agreement
+of two independent answerers with the same frequencies and 1 for identical answers.
 
-    python experiments/agreement.py experiments/results/accuracy-SmolLM2-135M-Instruct.json
+    python experiments/agreement.py RESULT.json
 """
 import json
 import sys
@@ -15,14 +16,14 @@ from study import markdown
 
 
 def agreement(a, b):
-    """Part of the questions answered alike, and Cohen's kappa (nan if neither a nor b varies)."""
+    """The fraction of equal answers, and Cohen's kappa (nan if neither a nor b varies)."""
     n, alike = len(a), sum(x == y for x, y in zip(a, b, strict=True))
     chance = sum(Counter(a)[x] * Counter(b)[x] for x in set(a)) / n
     return alike / n, (alike - chance) / (n - chance) if chance < n else float("nan")
 
 
 def cells(task, full):
-    """Of one task: accuracy with its standard error, agreement and kappa with the full cache."""
+    """The cells of one task: accuracy with its standard error, agreement and kappa."""
     metric = "acc_norm" if "acc_norm" in task else "acc"
     same, kappa = agreement(task["picks"], full["picks"])
     return (f"{100 * task[metric]:.1f} ± {100 * task[metric + '_stderr']:.1f}", f"{same:.1%}",
@@ -30,7 +31,7 @@ def cells(task, full):
 
 
 def table(result):
-    """One line a configuration."""
+    """A Markdown table with one line for each configuration."""
     first = result["configurations"][0]["tasks"]
     header = [word for name, task in first.items()
               for word in (f"{name}, {task['questions']}", "as full", "kappa")]

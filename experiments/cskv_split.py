@@ -1,8 +1,9 @@
-"""CSKV, the split between keys and values: which of them needs the numbers.
+"""CSKV, the split between keys and values: which of them needs more numbers.
 
-The paper: over-compressing values hurts more; its code keeps a quarter of the keys' width and three
-quarters of the values'. Here the closed form, bi-branch, at three budgets, with a part of the width
-moved from keys to values; all points of a line hold the same number of numbers.
+The paper finds that compressing values harder costs more; its code keeps a quarter of the keys'
+width and three quarters of the values'. Here: the closed form [E30] in bi-branch caches at three
+budgets, with a fraction of the width moved from keys to values. All points of a line keep the same
+number of numbers.
 
     python experiments/cskv_split.py --model PATH --text FILE --calibrate OTHER_FILE
 """
@@ -21,7 +22,7 @@ def measure(study):
 
 
 def plot(found):
-    fig, axes = shared.panels(found, "part of the width, keys to values", "perplexity")
+    fig, axes = shared.panels(found, "fraction of the width, keys to values", "perplexity")
     for ax, result in zip(axes[0], found.values()):
         shared.scores(ax, result["rows"], "split")
     shared.legend(fig, axes[0, -1])

@@ -37,7 +37,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import lorc                                                        # noqa: E402
-from runtime import checkpoint, jobs as running
+from runtime import jobs as running, saved_bases
 from runtime.scoring import negative_log_likelihood
 from runtime.text import Tokenizer
 import model                                                       # noqa: E402
@@ -415,7 +415,7 @@ def main():
     both("before")
     result["curve"], result["seconds"] = train(llama, factors, windows, held, args)
     with torch.no_grad():
-        checkpoint.save_bases(args.out, llama, plan, bases_of(factors))
+        saved_bases.save_bases(args.out, llama, plan, bases_of(factors))
     both("after")
 
 

@@ -160,7 +160,7 @@ def command_line():
     flag = p.add_argument
     flag("--tasks", required=True, metavar="A,B", help="Names of lm-eval's tasks.")
     flag("--data", metavar="DIR", help="Read the tasks from files in DIR. Default: the Hub.")
-    flag("--limit", type=command.within(int, 1, 10**9, "positive count"), metavar="N",
+    flag("--limit", type=command.number_in(int, 1, 10**9, "positive count"), metavar="N",
          help="Ask only the first N questions of each task.")
     flag("--also", action="append", default=[], metavar="FLAGS", help="One more configuration.")
     flag("--against-hf", action="store_true", help="Ask lm-eval's own `hf` too, and compare.")
@@ -175,7 +175,7 @@ def configuration(flags, first=None):
     The model comes with the first configuration; for every other one, `first` is that one.
     """
     p = command.command_line()
-    args = command.settle(p, p.parse_args([*flags, "--perplexity", "the tasks"]))
+    args = command.validate_flags(p, p.parse_args([*flags, "--perplexity", "the tasks"]))
     for name in ("compare", "save", "json", "context", "max_tokens",
                  *(("model", "dtype", "device") if first else ())):
         if getattr(args, name) not in (p.get_default(name), None):
@@ -222,7 +222,7 @@ def run(args, flags):
     first = configuration(flags)
     given = [flags, *map(shlex.split, args.also)]
     every = [first, *(configuration(f, first) for f in given[1:])]
-    llama, tokenizer = running.open_model(first)
+    llama, tokenizer, _ = running.open_model(first)
     device = llama.embed.weight.device.type
     tasks = load_tasks(args.tasks.split(","), args.data)
     result = record.provenance(device, args.commit) | {
@@ -245,7 +245,7 @@ def main():
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():                    # --basis loss needs gradients
             run(args, flags)
     except UserError as e:
         print("evaluate:", " ".join(str(e).split()), file=sys.stderr)

@@ -1,7 +1,7 @@
-"""Cost against length: a decode step's time and a cache's bytes, 1k to 64k tokens, cache by cache.
+"""Cost against length: a decoding step's time and a cache's bytes from 1k to 64k tokens.
 
-Measured by bench.py, which takes several lengths; this draws every results/lengths-*.json, on linear
-axes, where a cost that is linear is a straight line and one that has steps is not. Times are
+bench.py measures it, because it accepts several lengths; this script draws every
+results/lengths-*.json. The axes are linear, so that a linear cost is a straight line. Times are
 multiples of the full cache's step at the shortest length of the same run.
 
     python experiments/bench.py --shape smollm2-135m --device cpu --dtype float32 \\
@@ -25,14 +25,15 @@ NAMES = {"full": "full", "compressed": "compressed", "commuting": "compressed, c
 def series(result):
     """{cache: (lengths, times, bytes)}, each an array."""
     tables = result["tables"]
-    lengths, unit = np.array([t["context"] for t in tables]), tables[0]["rows"]["full compiled"]["ms"]
+    lengths = np.array([t["context"] for t in tables])
+    unit = tables[0]["rows"]["full compiled"]["ms"]
     rows = {name: [t["rows"][f"{name} compiled"] for t in tables] for name in NAMES}
-    return {name: (lengths, np.array([row["ms"] / unit for row in of]), np.array([row["cache_bytes"] for row in of]))
-            for name, of in rows.items()}
+    return {name: (lengths, np.array([row["ms"] / unit for row in of]),
+                   np.array([row["cache_bytes"] for row in of])) for name, of in rows.items()}
 
 
 def straightness(lengths, times):
-    """(slope, the largest distance from the least-squares line, as a part of the longest length's time)."""
+    """Slope of the least-squares line, and the largest distance from it over the longest time."""
     line = np.polyfit(lengths, times, 1)
     return line[0], abs(np.polyval(line, lengths) - times).max() / times.max()
 
@@ -45,7 +46,8 @@ def plot(found):
     for (top, bottom), (name, result) in zip(axes.T, found.items()):
         top.set_title(f"{name}\n{result['device']}, batch {result['tables'][0]['batch']}, "
                       f"kept {result['tables'][0]['kept']}")
-        for (cache, (n, times, held)), (color, marker, dashes) in zip(series(result).items(), shared.LOOKS):
+        curves = series(result).items()
+        for (cache, (n, times, held)), (color, marker, dashes) in zip(curves, shared.LOOKS):
             look = {"color": color, "marker": marker, "linestyle": dashes, "label": NAMES[cache]}
             top.plot(n / 1024, times, **look)
             bottom.plot(n / 1024, held / 2**20, **look)
@@ -59,13 +61,16 @@ def plot(found):
     axes[1, 0].set_ylabel("cache, MiB")
     shared.legend(fig, axes[0, -1], columns=3)
     yield "lengths", fig
-    yield "lengths", shared.markdown(("run", "cache", "step for 1,024 more tokens, times full's at 1k",
-                                      "off a straight line, at most"), rows)
+    yield "lengths", shared.markdown(
+        ("run", "cache", "increase of a step per 1,024 tokens, times full's step at 1k",
+         "largest distance from a straight line"), rows)
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, default=shared.HERE / "results", metavar="DIR", help="Where the runs are.")
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=Path, default=shared.HERE / "results", metavar="DIR",
+                   help="Folder of the result files. Default: results/ here.")
     p.add_argument("--figures", type=Path, default=shared.HERE / "figures", metavar="DIR")
     args = p.parse_args()
     found = {path.stem.removeprefix("lengths-"): json.loads(path.read_text())

@@ -1,9 +1,9 @@
-"""LoRC, Fig. 2: the score against the fraction kept, progressive against uniform, and calibrated.
+"""LoRC, Fig. 2: the score against the fraction kept, for Eq. 13 and for one rank in all layers.
 
-The paper: at 60 % kept the progressive schedule (Eq. 13) loses next to nothing on most tasks, where
-the same ratio in every layer loses much more. Both leave the most sensitive layers whole there:
-here the first eighth ("first whole"), with and without which both schedules are measured. The same
-schedules with C = E[x x^T] ("calibrated") are not in the paper.
+The paper: at 60 % kept the progressive schedule (Eq. 13) loses almost nothing on most tasks, where
+one rank for all layers loses much more. In both, the most sensitive layers are left full. Here both
+schedules are measured with and without the first eighth of the layers full ("first whole"), and
+also with the calibrated basis, C = E[x x^T], which is not in the paper.
 
     python experiments/lorc_fig2.py --model PATH --text FILE --calibrate OTHER_FILE
 """

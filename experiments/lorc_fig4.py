@@ -1,9 +1,10 @@
 """LoRC, Fig. 4: the relative reconstruction error of keys and values, layer by layer.
 
-The paper measures that of the weights, Eq. 19, and finds it similar in all layers, lower in shallow
-ones. What the cache loses is another thing: ||k - k~|| / ||k|| over real activations, of text that
-was not calibrated on. Here both, Theorem 1's bound on the second (sigma_{d_c+1} ||x|| / ||k||), and
-what the calibrated basis loses. All are root mean squares, exact from the inputs' second moment.
+The paper measures the error of the weights (Eq. 19) and finds it similar in all layers and lower in
+shallow ones. The cache loses something else: ||k - k~|| / ||k|| over the activations of a text that
+was not calibrated on. The picture shows both, Theorem 1's bound on the second
+(sigma_{d_c+1} ||x|| / ||k||), and the error with the calibrated basis. All are root mean squares,
+computed exactly from the inputs' second moment.
 
     python experiments/lorc_fig4.py --model PATH --text FILE --calibrate OTHER_FILE
 """

@@ -1,8 +1,10 @@
 """LoRC, Sec. 4.1 and App. B: are the matrices low-rank? And Eqs. 10, 12, 13: kappa and kappa~.
 
-The paper says that key and value weights are low-rank, and that ln kappa~, which falls with depth
-by construction, tells which layers are sensitive. Here the singular values of the weights, those of
-the keys and values themselves (roots of the eigenvalues of W E[x x^T] W^T), and each layer's kappa.
+The paper says that the weights of keys and values are low-rank, and that ln kappa~, which falls
+with depth by construction, shows which layers are sensitive. The pictures show the singular values
+of the weights, those of the keys and values themselves (square roots of the eigenvalues of
+W E[x x^T] W^T), and each layer's kappa. Weights that were quantized to 4 bits, as SmolLM2's were
+here, have a higher tail in every spectrum and so a smaller kappa than the original ones.
 
     python experiments/lorc_spectra.py --model PATH --text FILE --calibrate OTHER_FILE
 """
@@ -38,7 +40,7 @@ def plot(found):
 
 
 def spectra(found):
-    """The median of all layers, their range as a band, and layer 0 for itself."""
+    """The median of all layers, their range as a band, and layer 0 alone."""
     fig, axes = shared.panels(found, "index i / width", "", rows=2, height=2.1, sharey="row")
     for i, of in enumerate(KINDS.values()):
         axes[i, 0].set_ylabel(rf"$\sigma_i / \sigma_1$ of {of}")

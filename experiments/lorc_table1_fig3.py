@@ -1,9 +1,10 @@
-"""LoRC, Table 1 and Fig. 3: one layer compressed at a time, and the shallow block.
+"""LoRC, Table 1 and Fig. 3: one layer compressed at a time, and a shallow block of layers.
 
-The paper, Fig. 3 (d_c of 256, 384, 512 of 1024, LLaMA-3-8B): shallow layers suffer most, those of
-the deeper half hardly at all. Table 1 (half of the dimension): layer 0 alone costs up to 10.8
-points of accuracy and the first eighth of the layers up to 68, while all layers at 60 % by Eq. 13
-cost at most 0.6. The last eighth is measured beside it: without it nothing says "shallow".
+Fig. 3 (d_c of 256, 384, 512 of 1024, LLaMA-3-8B): compressing a shallow layer costs most, and a
+layer of the deeper half hardly anything. Table 1 (half of the dimension): layer 0 alone costs up to
+10.8 points of accuracy and the first eighth of the layers up to 68, while all layers at 60 % by
+Eq. 13 cost at most 0.6. Here the last eighth is measured as well; without it, nothing shows that
+shallow layers are special.
 
     python experiments/lorc_table1_fig3.py --model PATH --text FILE --calibrate OTHER_FILE
 """
@@ -45,7 +46,7 @@ def plot(found):
 
 
 def table(found):
-    """Table 1's rows: what is compressed, what is kept of it, and every model's perplexity."""
+    """Table 1's rows: what is compressed, the fraction kept of it, and each model's perplexity."""
     yield "full cache", 1, *(f"{shared.split_full(r['rows'])[0]['perplexity']:.2f}"
                              for r in found.values())
     rows = [[row for row in shared.split_full(r["rows"])[1] if " of layer " not in row["label"]]

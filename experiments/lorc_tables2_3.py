@@ -1,10 +1,11 @@
 """LoRC, Tables 2 and 3: shapes, and the bytes of the cache by formula and as buffers.
 
-The paper, at batch 64 and length 2,048: 50, 8 and 20 GB full; 27.5, 4.8 and 11 GB with dim_c of
-2048, 512 and 512. Those are of keys or of values alone [E14], and not of Eq. 13: some layers are
-whole and the others flat at dim_c [E16]. Here the caches themselves are made, of keys and values in
-16 bits, on torch's meta device (shapes without memory), for the paper's three models and the one at
-hand, which keeps 0.6. What a GPU needs in all is `memory.py`'s.
+The paper, at batch 64 and length 2,048: 50, 8 and 20 GB for the full cache; 27.5, 4.8 and 11 GB
+with dim_c of 2048, 512 and 512. These are the sizes of keys or of values alone [E14], and they do
+not follow from Eq. 13: some layers are full and all others have dim_c [E16]. Here the caches
+themselves are made, for keys and values in 16 bits, on torch's meta device (shapes without memory),
+for the paper's three models and for --model at 0.6 kept. The memory that a GPU needs in all is
+measured by `memory.py`.
 
     python experiments/lorc_tables2_3.py --model PATH --text FILE --calibrate OTHER_FILE
 """

@@ -1,7 +1,7 @@
 """Our forward pass and our text against transformers', live.
 
     python experiments/parity.py MODEL [MODEL ...]     logits and 64 greedy tokens on five prompts
-    python experiments/parity.py --record              the numbers that test_lorc.py keeps as RECORDED
+    python experiments/parity.py --record              the numbers that runtime/test_api.py keeps as RECORDED
 
 Needs transformers (experiments/requirements.txt). Everything is float32 on the CPU.
 """
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lorc
 from runtime.text import Tokenizer
 import model
-import test_lorc
+from runtime import testing
 
 PROMPTS = ["Once upon a time", "The little dog was very", "Tom and Mia went to the park.",
            "One day, a bird", "\"What is that?\" asked"]
@@ -37,12 +37,12 @@ def error(a, b):
 
 def formula_models():
     """For each kind of checkpoint: its name, our logits and theirs, on one file and on shards."""
-    for name, change in test_lorc.VARIANTS.items():
+    for name, change in testing.VARIANTS.items():
         for shards in (1, 3):
             with tempfile.TemporaryDirectory() as folder:
-                raw = test_lorc.RAW | change
-                test_lorc.write_checkpoint(Path(folder), {k: v for k, v in raw.items() if v is not None}, shards=shards)
-                ours, theirs, *_ = logits_of(folder, torch.tensor([test_lorc.TOKENS]))
+                raw = testing.RAW | change
+                testing.write_checkpoint(Path(folder), {k: v for k, v in raw.items() if v is not None}, shards=shards)
+                ours, theirs, *_ = logits_of(folder, torch.tensor([testing.TOKENS]))
                 yield name, shards, ours, theirs
 
 

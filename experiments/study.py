@@ -1,21 +1,25 @@
-"""What every table and figure shares: a model and its texts, scores of caches, files, one style.
+"""Shared by all tables and figures: a model and its texts, scores of caches, files, plotting style.
 
     python experiments/NAME.py --model PATH --text FILE --calibrate OTHER_FILE    measure and draw
     python experiments/NAME.py --plot-only         draw again, from the result files of all models
 
-A script has `measure(study)`, which returns rows (one dict a score), and `plot(found)`, which is
-given {model: result} of all models measured so far and yields (name, figure or Markdown table).
-`run_all.py` runs all scripts on one model in one process: what they share is computed once.
+A script defines `measure(study)`, which returns rows (one dict per score), and `plot(found)`, which
+receives {model: result} for all models measured so far and yields pairs of a name and a figure or
+Markdown table. `run_all.py` runs all scripts on one model in one process, so that bases, metrics
+and scores that several scripts need are computed once.
 
-Scores are perplexities over the first --tokens tokens of --text in windows of min(1024, context),
-in float32, every query seeing what a token-by-token run would show it (`simulate_decoding` in cache.py).
-Bytes are those of the buffers for one such window in a 16-bit model, the papers' measure: 4-bit
-codes would look twice as good beside float32. Nothing here needs matplotlib until it draws.
+Scores are perplexities over the first --tokens tokens of a text in windows of min(1024, context),
+in float32. Every query reads what it would read if the tokens came one by one
+(`simulate_decoding` in cache.py). Bytes are those of the buffers for one window of text in a 16-bit
+model, as in the papers; beside a float32 model, 4-bit codes would look twice as good. matplotlib is
+imported only when something is drawn.
 """
 import argparse
+import contextlib
 import functools
 import json
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -26,16 +30,17 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import lorc                                                        # noqa: E402
-from runtime import jobs as running
-from runtime.commuting import commuting_basis
-from runtime.scoring import negative_log_likelihood
-from runtime.text import Tokenizer
+from runtime import jobs                                           # noqa: E402
+from runtime.commuting import commuting_basis                      # noqa: E402
+from runtime.scoring import negative_log_likelihood                # noqa: E402
+from runtime.text import Tokenizer                                 # noqa: E402
 import model                                                       # noqa: E402
-from cache import Basis, round_trip                                # noqa: E402
+from cache import GROUP, Basis, BiBranchCache, affine_codes        # noqa: E402
 from record import provenance                                      # noqa: E402
 
-CALIBRATION = 2**15     # tokens of --calibrate that second moments are taken over
-SINKS = 4               # positions of each window that they leave out
+CALIBRATION = 2**15       # tokens of --calibrate that second moments of inputs are taken over
+PASSES = (2**15, 2**14)   # tokens of the two passes of the loss metric: lorc's defaults
+SINKS = 4                 # positions of each window that neither of them uses
 
 
 # Bytes -------------------------------------------------------------------------------------------
@@ -46,46 +51,105 @@ def shape_only(config):
         return model.Llama(config).bfloat16()
 
 
-def held(llama, kind, ranks, capacity, B=1, **bibranch):
-    """Bytes of all buffers of the caches that lorc.new_caches makes for these (d_k, d_v)."""
-    d_max = llama.config.kv_width
+def held(llama, kind, ranks, capacity, B=1, everywhere=False, **bibranch):
+    """Bytes of all buffers of the caches that lorc.new_caches makes for these (d_k, d_v).
+
+    everywhere: a layer of full rank has a basis too, as quantization alone needs. With 3 or 2 bits
+    the codes are counted packed, 32 codes in 12 or 8 bytes; cache.py can only pack 4 bits.
+    """
+    d_max, bits = llama.config.kv_width, bibranch.get("bits", 16)
 
     def basis(d_c):
         new = llama.embed.weight.new_empty
         return Basis(new((d_c, d_max)), new((d_max, d_c)))
-    bases = [None if pair == (d_max, d_max) else tuple(map(basis, pair)) for pair in ranks]
+    bases = [None if pair == (d_max, d_max) and not everywhere else tuple(map(basis, pair))
+             for pair in ranks]
+    if bits < 4:
+        bibranch = bibranch | {"bits": 4}
     caches = lorc.new_caches(llama, kind, capacity, bases, B, **bibranch)
-    return sum(cache.nbytes for cache in caches)
+    total = sum(cache.nbytes for cache in caches)
+    if bits < 4:
+        codes = sum(store.packed.nbytes for cache in caches if isinstance(cache, BiBranchCache)
+                    for store in (cache.c_k, cache.c_v))
+        total -= codes * (4 - bits) // 4
+    return total
+
+
+# Fewer than four bits ----------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def rounded_to(bits):
+    """Within it, caches of 4 bits round to `bits` bits (3 or 2) and pack as before. 4 and 16 do not
+    change anything."""
+    def fewer(c, _=4):
+        return affine_codes(c, bits)
+    with patch("cache.affine_codes", fewer) if bits < 4 else contextlib.nullcontext():
+        yield
 
 
 # Measuring ---------------------------------------------------------------------------------------
 
 class Study:
-    """One model on its texts. Eigenvectors and scores are computed once, and then remembered."""
+    """One model on its texts. Bases, metrics and scores are computed once and then remembered."""
 
     def __init__(self, args):
         self.args, self.begun = args, time.perf_counter()
         self.name = Path(args.model).resolve().name
         self.llama = model.load(args.model, torch.float32, args.device)
-        self.config, tokenizer = self.llama.config, Tokenizer(args.model, self.llama.config)
+        self.config = self.llama.config
+        self.tokenizer = Tokenizer(args.model, self.config)
         self.context = min(1024, self.config.context)
-        self.text, self.calibration = (
-            torch.tensor(tokenizer.encode(running.read_text(path))[:n], device=args.device)
-            for path, n in ((args.text, args.tokens), (args.calibrate, CALIBRATION)))
-        if min(len(self.text), len(self.calibration)) < 2:
-            raise model.UserError("--text or --calibrate is too short; give at least two tokens")
+        self.text, self.calibration = (self.encode(args.text, args.tokens),
+                                       self.encode(args.calibrate))
+        self.second = self.encode(args.second, args.tokens) if args.second else None
         self.length = min(self.context, len(self.text))                  # of one window of text
         self.shape = shape_only(self.config)
         self.weights = [(layer.attn.Wk.weight, layer.attn.Wv.weight) for layer in self.llama.layers]
 
+    def encode(self, path, n=None):
+        """The first n token ids of a text file. Raises UserError when there are fewer than two."""
+        tokens = torch.tensor(self.tokenizer.encode(jobs.read_text(path))[:n])
+        if len(tokens) < 2:
+            raise model.UserError(f"{path} is too short; give a text of at least two tokens")
+        return tokens.to(self.llama.embed.weight.device)
+
+    def windows(self, tokens):
+        """How many windows of the model's context hold this many tokens."""
+        return -(-tokens // self.context)
+
     @functools.cache
     def moments(self, basis, held_out=False):
-        """C of each layer's inputs, as --basis has it; None for plain SVD."""
-        text, windows = self.text if held_out else self.calibration, -(-CALIBRATION // self.context)
-        return {"svd": lambda: [None] * self.config.layers,
-                "norm": lambda: lorc.norm_moments(self.llama),
-                }.get(basis, lambda: lorc.calibrated_moments(self.llama, text, basis, SINKS,
-                                                             self.context, windows))()
+        """C of each layer's inputs for lorc's --basis; None for plain SVD. held_out: of --text."""
+        if basis == "svd":
+            return [None] * self.config.layers
+        if basis == "norm":
+            return lorc.norm_moments(self.llama)
+        return lorc.calibrated_moments(self.llama, self.text if held_out else self.calibration,
+                                       basis, SINKS, self.context, self.windows(CALIBRATION))
+
+    @functools.cache
+    def first_pass(self, sinks=SINKS, window=32):
+        """C and (M_k, M_v) of each layer, measured on the uncompressed model."""
+        windows = self.windows(PASSES[0])
+        moments = lorc.calibrated_moments(self.llama, self.calibration, "whitened", sinks,
+                                          self.context, windows)
+        return moments, lorc.loss_metrics(self.llama, self.calibration, None, sinks, window,
+                                          self.context, windows)
+
+    @functools.cache
+    def for_loss(self, kept, sinks=SINKS, window=32):
+        """Ranks by one sort in the loss metric, as (d_k, d_v) of each layer, and their bases.
+
+        This is lorc.compress_for_loss; its first pass is shared by all values of `kept`.
+        """
+        moments, metrics = self.first_pass(sinks, window)
+        for i, tokens in enumerate(PASSES):
+            if i:
+                metrics = lorc.loss_metrics(self.llama, self.calibration, bases, sinks, window,
+                                            self.context, self.windows(tokens), seed=i)
+            ranks = lorc.sort_ranks(self.llama, kept, moments, metrics)
+            bases = lorc.make_bases(self.llama, ranks, moments, metrics)
+        return ranks, bases
 
     @functools.cache
     def spectra(self, basis):
@@ -99,22 +163,43 @@ class Study:
         return [tuple(map(lorc.log_kappa, pair)) for pair in self.weights]
 
     def plan(self, kept, schedule="uniform", skip=0, split=0.0, layers=None, pairs=False):
-        """(d_k, d_v) of each layer, as lorc.compress has them. layers: the others stay whole.
+        """(d_k, d_v) of each layer, as lorc.make_plan has them. layers: all others stay full.
 
         Raises UserError when no d_min gives `kept`.
         """
         d_max, L = self.config.kv_width, self.config.layers
         if layers is not None:                      # `kept` is then of each of these layers alone
             return [(round(kept * d_max),) * 2 if i in layers else (d_max, d_max) for i in range(L)]
-        log_tilde = lorc.log_kappa_tilde(self.log_kappas())
+        return lorc.make_plan(self.log_kappas(), d_max, kept, schedule=schedule, skip=skip,
+                              split=split, pairs=pairs).ranks
 
-        def ranks_of(d_min):
-            d_c = lorc.compressed_dimension(log_tilde, d_max, d_min, schedule)
-            return lorc.round_ranks(d_c, [i < skip for i in range(L)], d_max, split, pairs)
-        return ranks_of(lorc.solve_d_min(kept, ranks_of, d_max))
+    @functools.cache
+    def full_rank(self, basis):
+        """Bases of full rank for keys and values in each layer, from which lower ranks are cut.
+
+        `identity` stores keys and values as they are. `loss` is the metric of one pass, `query`
+        that of metric.py.
+        """
+        if basis == "identity":
+            eye = torch.eye(self.config.kv_width).to(self.weights[0][0])
+            return [(Basis(eye, eye),) * 2] * self.config.layers
+        if basis == "loss":
+            moments, metrics = self.first_pass()
+        elif basis == "query":
+            from metric import query_metrics        # here, because metric.py imports this module
+            moments = self.moments("whitened")
+            metrics = query_metrics(self.llama, moments)
+        else:
+            moments, metrics = self.moments(basis), [(None, None)] * self.config.layers
+        return [[lorc.basis(W, len(W), C, M) for W, M in zip(pair, Ms)]
+                for pair, C, Ms in zip(self.weights, moments, metrics)]
 
     def bases(self, ranks, basis):
-        """Bases of these ranks, for lorc.new_caches. `random` is CSKV's: up and down unrelated."""
+        """Bases of these ranks, for lorc.new_caches; None where a layer is full.
+
+        `random` is CSKV's random start: down and up are unrelated. With `commuting` the values'
+        bases are `whitened`.
+        """
         d_max, generator = self.config.kv_width, torch.Generator().manual_seed(0)
 
         def cut(d_c, layer, i):
@@ -126,45 +211,66 @@ class Study:
                 attn, C = self.llama.layers[layer].attn, self.moments("whitened")[layer]
                 return commuting_basis(attn.Wk.weight, d_c, self.config.head_dim, C,
                                        attn.Wq.weight)
-            of = "whitened" if basis == "commuting" else basis
-            U = self.spectra(of)[layer][i][1][:, :d_c].to(self.weights[0][0]).contiguous()
-            return Basis(U.T, U)
-        return [None if (d_k, d_v) == (d_max, d_max) else (cut(d_k, layer, 0), cut(d_v, layer, 1))
+            whole = self.full_rank("whitened" if basis == "commuting" else basis)[layer][i]
+            return Basis(whole.down[:d_c].contiguous(), whole.up[:, :d_c].contiguous())
+        return [None if (d_k, d_v) == (d_max, d_max) and basis != "identity"
+                else (cut(d_k, layer, 0), cut(d_v, layer, 1))
                 for layer, (d_k, d_v) in enumerate(ranks)]
 
-    @functools.cache
-    def score(self, ranks, basis, kind, sinks, window, bits, rounding):
-        """Perplexity under one cache and the bytes that it holds: {perplexity, bytes, full_bytes}.
+    def compressed(self, kept, basis, sinks=SINKS, window=32, ranks=None, **plan):
+        """Ranks and bases. ranks: these instead of the plan's. `loss, sorted` has its own ranks."""
+        if basis == "loss, sorted":
+            return self.for_loss(kept, sinks=sinks, window=window)
+        ranks = ranks or self.plan(kept, **plan)
+        return ranks, self.bases(ranks, basis)
 
-        rounding stands in for cache.round_trip, what 4 bits do to latents.
+    def caches(self, kind, bases, capacity, B=1, **bibranch):
+        """Empty caches for this model that read as a token-by-token run would."""
+        if kind == "bibranch":
+            bibranch |= {"simulate_decoding": True}
+        return lorc.new_caches(self.llama, kind, capacity, bases, B, **bibranch)
+
+    def perplexity(self, text, make_caches, bits=16, rounding=None):
+        """rounding: a function of latents that replaces cache.round_trip."""
+        replaced = (patch("cache.round_trip", lambda c, _bits: rounding(c)) if rounding
+                    else contextlib.nullcontext())
+        with torch.no_grad(), rounded_to(bits), replaced:
+            nats, n = negative_log_likelihood(self.llama, text, self.context, make_caches)
+        return math.exp(min(nats / n, 700.0))
+
+    def score(self, ranks, bases, kind, rounding=None, second=False, **bibranch):
+        """{perplexity, bytes, full_bytes} of one cache; second: of --second, too, if it is given.
         """
-        bases = self.bases(ranks, basis) if kind != "full" else None
-        options = {"sinks": sinks, "window": window, "bits": bits}
+        bits = bibranch.get("bits", 16)
+        in_code = bibranch | {"bits": max(4, bits)} if bibranch else {}    # see rounded_to
 
         def make(capacity):
-            return lorc.new_caches(self.llama, kind, capacity, bases, simulate_decoding=True,
-                                   **options)
-        with torch.inference_mode(), patch("cache.round_trip", lambda c, bits: rounding(c)):
-            nats, n = negative_log_likelihood(self.llama, self.text, self.context, make)
-        return {"perplexity": math.exp(min(nats / n, 700.0))} | self.bytes(kind, ranks, **options)
+            return self.caches(kind, bases, capacity, **in_code)
+        texts = {"perplexity": self.text, "second_perplexity": self.second if second else None}
+        found = {name: self.perplexity(text, make, bits, rounding)
+                 for name, text in texts.items() if text is not None}
+        everywhere = kind != "full" and None not in bases
+        return found | self.bytes(kind, ranks, everywhere=everywhere, **bibranch)
 
     def bytes(self, kind, ranks, **options):
         """Of the caches for one window of text, and of full ones: {bytes, full_bytes}."""
         return {"bytes": held(self.shape, kind, ranks, self.length, **options),
                 "full_bytes": held(self.shape, "full", ranks, self.length)}
 
-    def row(self, label, kept=1.0, basis="svd", cache="compressed", sinks=4, window=32, bits=16,
-            rounding=round_trip, **plan):
-        """One line of a result: the setting and its score. plan: schedule, skip, split, layers."""
-        ranks = tuple(self.plan(kept, **plan))
-        found = self.score(ranks, basis, cache, sinks, window, bits, rounding)
+    def row(self, label, kept=1.0, basis="svd", cache="compressed", sinks=SINKS, window=32,
+            bits=16, rounding=None, ranks=None, second=False, **plan):
+        """One line of a result: the setting and its score. plan: schedule, skip, split, layers.
+
+        ranks: these instead of the plan's. second: score --second, too.
+        """
+        ranks, bases = self.compressed(kept, basis, sinks, window, ranks, **plan)
+        bibranch = {"sinks": sinks, "window": window, "bits": bits} if cache == "bibranch" else {}
+        found = self.score(ranks, bases, cache, rounding, second, **bibranch)
         numbers = sum(map(sum, ranks)) / (2 * len(ranks) * self.config.kv_width)
-        setting = {"label": label, "wanted": kept, "kept": round(numbers, 5), "basis": basis,
-                   "cache": cache} | plan
-        setting |= {"sinks": sinks, "window": window, "bits": bits} if cache == "bibranch" else {}
-        self.say(f"{label:28s} kept {numbers:.3f}  perplexity {found['perplexity']:.4f}  "
+        self.say(f"{label:34s} kept {numbers:.3f}  perplexity {found['perplexity']:.4f}  "
                  f"{found['bytes'] / found['full_bytes']:.1%} of the bytes")
-        return setting | found
+        return {"label": label, "wanted": kept, "kept": round(numbers, 5), "basis": basis,
+                "cache": cache} | plan | bibranch | found
 
     def full(self):
         """The row of the full cache."""
@@ -184,15 +290,28 @@ class Study:
         """A line of progress with the seconds so far."""
         print(f"{time.perf_counter() - self.begun:6.0f} s  {self.name}  {line}", flush=True)
 
-    def about(self):
-        """What a result file says before its rows."""
+    def about(self, script):
+        """What the result file of one script says before its rows.
+
+        The command is that of the script alone, also when run_all.py ran it: they share all flags.
+        """
         c, args = self.config, self.args
-        return {"model": self.name, "layers": c.layers, "heads": c.heads, "kv_heads": c.kv_heads,
-                "head_dim": c.head_dim, "width": c.width,
-                "parameters": sum(p.numel() for p in self.llama.parameters()),
-                "text": Path(args.text).name, "calibrated_on": Path(args.calibrate).name,
-                "tokens": len(self.text), "context": self.context,
-                } | provenance(self.llama.embed.weight.device.type, args.commit)
+        about = {"model": self.name, "layers": c.layers, "heads": c.heads, "kv_heads": c.kv_heads,
+                 "head_dim": c.head_dim, "width": c.width,
+                 "parameters": sum(p.numel() for p in self.llama.parameters()),
+                 "text": Path(args.text).name, "calibrated_on": Path(args.calibrate).name,
+                 "tokens": len(self.text), "context": self.context}
+        if args.second:
+            about |= {"second_text": Path(args.second).name, "second_tokens": len(self.second)}
+        about |= provenance(self.llama.embed.weight.device.type, args.commit)
+        about["command"] = own_command(about["command"], script)
+        return about
+
+
+def own_command(command, script):
+    """The command that runs one script alone, from run_all.py's, whose flags are the same."""
+    alone = re.sub(r" (--only \S+|--measure-only)", "", command)
+    return alone.replace("run_all.py", f"{script}.py")
 
 
 # Files -------------------------------------------------------------------------------------------
@@ -218,7 +337,7 @@ def measure_and_save(script, study):
     study.say(f"{name}: {script.__doc__.splitlines()[0]}")
     rows = script.measure(study)
     save(study.args.out / f"{name}-{study.name}.json",
-         study.about() | {"seconds": round(time.perf_counter() - begun, 1), "rows": rows})
+         study.about(name) | {"seconds": round(time.perf_counter() - begun, 1), "rows": rows})
 
 
 def draw(script, args):
@@ -238,17 +357,22 @@ def keep(drawn, folder):
         print("drew", name, flush=True)
 
 
-def command_line(about):
+def command_line(about, several):
     p = argparse.ArgumentParser(description=about,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--model", default=str(HERE.parent / "tiny"), help="Folder of the model. Default: tiny/.")
     add("--text", metavar="FILE", help="Text to score.")
-    add("--calibrate", metavar="FILE", help=f"Another text; {CALIBRATION} tokens of it are used.")
+    add("--second", metavar="FILE", help="A text of another kind, scored too.")
+    add("--calibrate", metavar="FILE", help="Another text, for bases and metrics that need one.")
+    add("--data", type=Path, metavar="DIR", help="Folder of the questions of recall.py and tasks.py"
+        " (longeval/, boolq/, openbookqa/, gsm8k/); without it these two are left out.")
     add("--tokens", type=int, default=2**14, metavar="N", help="Tokens to score. Default: 16384.")
     add("--out", type=Path, default=HERE / "results", metavar="DIR", help="Default: results/ here.")
     add("--figures", type=Path, default=HERE / "figures", metavar="DIR",
         help="Default: figures/ here.")
+    if several:
+        add("--only", metavar="A,B", help="Run these scripts only. Default: all.")
     add("--plot-only", action="store_true", help="Measure nothing; draw from the files in --out.")
     add("--measure-only", action="store_true", help="Draw nothing: no matplotlib is needed.")
     add("--device", help="cpu or cuda. Default: cuda where there is one.")
@@ -256,19 +380,34 @@ def command_line(about):
     return p
 
 
-def main(*scripts, argv=None):
-    """The command line of one script, or of several that share a study. Returns the exit status."""
-    None
-    p = command_line(scripts[0].__doc__ if len(scripts) == 1 else "Every table and figure.")
-    args = p.parse_args(argv)
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+def chosen(scripts, p, args):
+    """The scripts that --only names and that have what they need. Ends the program if there are
+    none; one that sets NEEDS_DATA is left out of several when --data is not given."""
+    names = {Path(script.__file__).stem: script for script in scripts}
+    wanted = args.only.split(",") if getattr(args, "only", None) else list(names)
+    if unknown := [name for name in wanted if name not in names]:
+        p.error(f"--only: there is no script {unknown[0]}; there are {', '.join(names)}")
+    scripts = [names[name] for name in wanted]
     if not args.plot_only and not (args.text and args.calibrate):
         p.error("give --text FILE and --calibrate OTHER_FILE, or --plot-only")
+    if not args.plot_only and not args.data:
+        scripts = [script for script in scripts if not getattr(script, "NEEDS_DATA", False)]
+        if not scripts:
+            p.error("give --data DIR, the folder of the questions")
+    return scripts
+
+
+def main(*scripts, argv=None):
+    """The command line of one script, or of several that share a study. Returns the exit status."""
+    several = len(scripts) > 1
+    p = command_line("Every table and figure." if several else scripts[0].__doc__, several)
+    args = p.parse_args(argv)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    scripts = chosen(scripts, p, args)
     try:
         study = None if args.plot_only else Study(args)
-        for script in scripts:
-            if study:
-                measure_and_save(script, study)
+        for script in scripts if study else ():
+            measure_and_save(script, study)
         for script in scripts if not args.measure_only else ():
             draw(script, args)
     except (model.UserError, OSError) as e:
@@ -280,6 +419,7 @@ def main(*scripts, argv=None):
 # Drawing -----------------------------------------------------------------------------------------
 
 FLOOR = 0.1     # percent above the full cache's perplexity; what is less is drawn here
+TEXTS = {"wiki.test.raw": "WikiText-2", "stories.txt": "TinyStories"}
 
 # Told apart in grey, too: each has its own marker and dashes
 LOOKS = [("#111111", "o", "-"), ("#d95f02", "s", "--"), ("#1f5fa8", "^", "-."),
@@ -352,6 +492,14 @@ def losses(ax, rows, x):
     lines(ax, others, x, lambda row: max(FLOOR, 100 * (row["perplexity"] / full["perplexity"] - 1)))
     ax.set(yscale="log", ylim=(0.8 * FLOOR, None))
     plain_numbers(ax.yaxis)
+
+
+def percent_above(perplexity, full, key="perplexity"):
+    """A table's cell: how much a perplexity is above that of the full cache's row, in percent."""
+    if perplexity is None:
+        return "–"
+    above = 100 * (perplexity / full[key] - 1)
+    return f"{above:+.2f}" if abs(above) < 10 else f"{above:+,.0f}"
 
 
 def plain_numbers(axis):

@@ -32,10 +32,44 @@ import model
 import theory
 from cache import Basis, BiBranchCache, CompressedCache, FullCache
 
-from test_lorc import HERE, beside, bibranch, cli, full, left_behind, matrices, real
+from runtime.testing import HERE, cli, finished_job
+from runtime.testing import background_jobs, real  # noqa: F401 (fixtures)
 
 
 # The experiments ----------------------------------------------------------------------- parity ---
+
+def make_smaller(run_all):
+    """The smallest settings with which every script still does all that it does."""
+    for script in run_all.SCRIPTS:
+        if isinstance(getattr(script, "KEPT", None), tuple):
+            script.KEPT = [k for k in script.KEPT if k >= 0.6][:2]
+        script.SPLITS = (0, 0.1)
+    run_all.study.CALIBRATION, run_all.study.PASSES = 512, (512, 512)
+    run_all.front.FEW = (0.6,)
+    run_all.recall.RECORDS, run_all.recall.LINES, run_all.recall.RANKED = 4, (2, 3), 2
+    run_all.recall.WINDOWS, run_all.recall.WINDOW_LINES = (2, 32), 3
+    run_all.tasks.QUESTIONS = run_all.tasks.PROBLEMS = 3
+    run_all.tasks.SHOTS, run_all.tasks.PROMPT, run_all.tasks.ANSWER = 1, 60, 8
+
+
+def write_questions(folder):
+    """Files like LongEval's, BoolQ's, OpenBookQA's and GSM8K's, with four questions each."""
+    record = "".join(f"line {a}-{b}: REGISTER_CONTENT is <{17 * i + 31 * j}>\n"
+                     for i, a in enumerate(("red", "big", "old", "sad"), 1)
+                     for j, b in enumerate(("dog", "cat", "car"), 1))
+    choices = "Answer1: a dog Answer2: a cat Answer3: a car Answer4: a park"
+    files = {"longeval/200_lines.jsonl": {"prompt": f"Now the record start:\n\n{record}"},
+             "boolq/validation_std.jsonl": {"passage": "Tom has a dog.", "question": "has tom a dog",
+                                            "answer": True},
+             "openbookqa/test.json": {"answer": "answer1", "instruction": "the correct answer to the question: "
+                                      f"Tom has\n\n{choices}\n\nAnswer format: answer1/answer2"},
+             "gsm8k/test.jsonl": {"question": "Tom has 2 dogs and 3 cats. How many?", "answer": "2 + 3\n#### 5"}}
+    for name, item in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True)
+        items = [item] * 4
+        path.write_text(json.dumps(items) if name.endswith("json") else "\n".join(map(json.dumps, items)))
+
 
 def run_every_experiment(out):
     """All tables and figures at their smallest, on tiny/."""
@@ -47,18 +81,17 @@ def run_every_experiment(out):
         draw = ["--figures", str(out)]
     except ImportError:
         draw = ["--measure-only"]
-    argv = ["--text", text, "--calibrate", text, "--tokens", "64", "--device", "cpu", "--out", str(out), *draw]
-    for script in run_all.SCRIPTS:                                       # two budgets and two splits are enough
-        if isinstance(getattr(script, "KEPT", None), tuple):
-            script.KEPT = [k for k in script.KEPT if k >= 0.6][:2]
-        script.SPLITS = (0, 0.1)
+    write_questions(out / "data")
+    make_smaller(run_all)
+    argv = ["--text", text, "--second", str(HERE / "LICENSE"), "--calibrate", text, "--tokens", "64",
+            "--data", str(out / "data"), "--device", "cpu", "--out", str(out), *draw]
     assert run_all.study.main(*run_all.SCRIPTS, argv=argv) == 0
 
 
 @pytest.fixture(scope="session")
-def every_experiment(beside):
+def every_experiment(background_jobs):
     """{script: rows}."""
-    results = left_behind(beside["every_experiment"]).glob("*-tiny.json")
+    results = finished_job("every_experiment").glob("*-tiny.json")
     return {path.stem.removesuffix("-tiny"): json.loads(path.read_text())["rows"] for path in results}
 
 

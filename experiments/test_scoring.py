@@ -59,7 +59,7 @@ def test_continuations_in_batches_score_as_they_do_token_by_token(case):
             llama, pairs, lambda n, B: make(n, B, simulate_decoding=True), budget)
         for (_, y), p, (nats, likeliest) in zip(pairs, rows, found, strict=True):
             want = p.gather(-1, torch.tensor(y)[:, None]).sum().item()
-            assert math.isclose(nats, want, rel_tol=2e-5)              # float32, as test_lorc.close
+            assert math.isclose(nats, want, rel_tol=2e-5)              # float32, as testing.close
             assert likeliest == (p.argmax(-1).tolist() == y)
         assert found[-1][1] and not all(likeliest for _, likeliest in found)
 

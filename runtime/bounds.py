@@ -4,7 +4,7 @@ import torch
 import lorc
 import model
 import theory
-from runtime import checkpoint, cli, text
+from runtime import checkpoint, text
 
 
 def own_text(llama, prompt, length=512):
@@ -17,19 +17,6 @@ def own_text(llama, prompt, length=512):
     caches = lorc.new_caches(llama, "full", len(prompt) + n)
     new = lorc.generate(llama, caches, start, n, temperature=1.0)
     return torch.cat((start, torch.stack(list(new), 1)), 1)
-
-
-def main(argv=None):
-    p = cli.Parser(
-        prog="theory.py", allow_abbrev=False,
-        description="Compare the bounds with the errors measured on a checkpoint's activations.")
-    p.add_argument("--model", default=str(model.Path(__file__).resolve().parents[1] / "tiny"))
-    fraction = cli.within(float, 0.01, 0.99, "fraction in [0.01, 0.99]")
-    p.add_argument("--kept", type=fraction, default=0.6)
-    p.add_argument("--prompt", default="Once upon a time",
-                   help="Start of the text that the model generates and that is measured.")
-    args = p.parse_args(argv)
-    return cli.answer("theory", lambda: run(args))
 
 
 def run(args):

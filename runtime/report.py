@@ -1,85 +1,187 @@
-"""What a command says: a table for a reader, one JSON object for a program."""
+"""What a command reports: tables and sentences for a reader, or one JSON object for a program."""
 import itertools
 import json
 import sys
 
+from runtime.advice import suggest
 
-def report(args, plan, runs, seconds):
-    """The result for a program (--json, on standard output) or for a reader (on standard error)."""
-    compressed = [r["errors"] for r in runs if r["cache"]["kind"] != "full" and r["errors"]]
-    errors = [tuple(map(max, zip(*layer))) for layer in zip(*compressed)]     # worst of all prompts
-    rows = plan_rows(plan, errors) if plan else []
+STATUS = {"context": "Generation stopped at the model's context, the number of positions that it "
+                     "was made for.",
+          "interrupted": "interrupted"}
+UNRELIABLE = 0.1        # nats per token: about 10 % more perplexity
+
+
+def report(args, plan, results, seconds):
+    """Print the results of a command: JSON on standard output, or a report.
+
+    Of the report, standard output receives what was asked for (perplexity and the tables of --plan
+    and --compare), standard error the rest. seconds: those of "load" and "bases".
+    """
+    rows = plan_rows(plan, worst_errors(results)) if plan else []
+    best = closest_kind(results) if args.compare else None
+    reason, command = suggest(args, best)
     if args.json:
-        print(json.dumps({"model": args.model, "plan": rows} | as_json(args, runs, seconds)))
+        found = {"model": args.model, "plan": rows, "next": command}
+        print(json.dumps(found | as_json(args, results, seconds), allow_nan=False))
         return
-    to = sys.stdout if args.plan else sys.stderr
-    if rows:
-        print_plan(rows, plan, to)
-    if args.compare:
-        print_comparison(runs)
-    for r in runs if not args.compare else []:
-        if "perplexity" in r:
-            print(f"perplexity {r['perplexity']:.4f}")
-        c = r["cache"]
-        spent = seconds | {"prefill": r["prefill"], "decode": r["decode"]}
-        print(f"{c['kind']} cache: {size(c['bytes'])} held ({c['bytes']:,} bytes), "
-              f"a full one in {c['dtype']} {size(c['full_bytes'])} ({c['full_bytes']:,}): "
-              f"{c['bytes'] / c['full_bytes']:.1%}\n"
-              f"{r['tokens']} tokens; seconds: "
-              + ", ".join(f"{k} {s:.2f}" for k, s in spent.items())
-              + " (compiling included)" * bool(args.compile)
-              + ("\npeak memory: " + ", ".join(map(size, c["memory"])) if "memory" in c else ""),
-              file=sys.stderr)
-    for status in sorted({r["status"] for r in runs} - {"ok"}):
-        print({"context": "stopped at the model's context: it was made for no more positions",
-               "interrupted": "interrupted"}[status], file=sys.stderr)
-    worst = max((max(e) for e in errors), default=0)
-    two = [r["cache"] for r in runs if r["cache"]["kind"] == "bibranch"]
-    if two and all(c["kept"] < 1 and c["bytes"] == c["full_bytes"] for c in two):
-        print("Every token fits into sinks and window: the bi-branch cache compressed nothing "
-              "here.", file=sys.stderr)
-    elif args.cache == "bibranch" or args.compare:
-        print("The errors are of the low-rank part alone: exact tokens have none, and rounding to "
-              "4 bits is not in them.", file=sys.stderr)
-    elif worst > 0.3:
-        print(f"On this text the worst layer loses {worst:.0%} of its keys or values: read the "
-              "text with care. --cache bibranch"
-              f"{' with --calibrate FILE' * (args.calibrate is None)} repairs most of it.",
-              file=sys.stderr)
+    if args.plan or args.verbose:
+        print_plan(rows, plan, sys.stdout if args.plan else sys.stderr)
+    if results:
+        print_results(args, results, seconds)
+    for note in notes(args, plan, results):
+        print(note, file=sys.stderr)
+    print(f"{reason}:\n    {command}", file=sys.stderr)
 
 
-def plan_rows(plan, errors):
-    """The plan as the table's and the JSON's rows: one dict a layer."""
-    layers = zip(plan.log_kappa, plan.log_kappa_tilde, plan.ranks)
-    return [{"layer": i, "log_kappa_k": k, "log_kappa_v": v, "log_kappa": k + v,
-             "log_kappa_tilde": t, "d_k": d_k, "d_v": d_v, "kept": (d_k + d_v) / (2 * plan.d_max)}
-            | ({"error_k": errors[i][0], "error_v": errors[i][1]} if errors else {})
-            for i, ((k, v), t, (d_k, d_v)) in enumerate(layers)]
+def print_results(args, results, seconds):
+    """The table of caches, and the texts or perplexities, on the streams that `report` names."""
+    table = caches_table(args, results)
+    if args.perplexity is not None and not args.compare:
+        print_perplexity(results)
+    print("\n".join(table), file=sys.stdout if args.compare else sys.stderr)
+    if args.compare and args.prompt:
+        for result in results:
+            print(f"\n--- {result.cache['kind']}\n{result.text}")
+    spent = ", ".join(f"{name} {s:.2f} s" for name, s in seconds.items())
+    tokens = sum(r.tokens for r in results if r.cache["kind"] == results[-1].cache["kind"])
+    what = "scored" if args.perplexity is not None else "generated"
+    print(f"{tokens:,} tokens {what}; {spent}", file=sys.stderr)
+    if args.compile:
+        print("The seconds of decoding contain those of the compilation.", file=sys.stderr)
 
 
-def as_json(args, runs, seconds):
-    """What was run, as README lists it. Prompts give a list of texts; --compare three objects."""
-    def one(results):
-        texts = [r["text"] for r in results if "text" in r]
-        return ({"cache": max((r["cache"] for r in results), key=lambda c: c["full_bytes"])}
-                | ({"text": texts[0] if len(texts) == 1 else texts} if texts else {})
-                | {"perplexity": r["perplexity"] for r in results if "perplexity" in r}
-                | {"tokens": sum(r["tokens"] for r in results),
-                   "status": next((r["status"] for r in results if r["status"] != "ok"), "ok"),
-                   "seconds": seconds | {k: sum(r[k] for r in results)
-                                         for k in ("prefill", "decode")}})
-    kinds = list(dict.fromkeys(r["cache"]["kind"] for r in runs))
-    found = [one([r for r in runs if r["cache"]["kind"] == kind]) for kind in kinds]
-    if args.compare:
-        return {"compare": found, "agree": {k: agreement(runs, k) for k in kinds if args.prompt}}
-    return found[0] if found else {"seconds": seconds}
+def print_perplexity(results):
+    """perplexity 23.6, full cache 22.7 (+3.9 %): the last result is the chosen cache's."""
+    full, chosen = results[0].perplexity, results[-1].perplexity
+    if len(results) == 1:
+        print(f"perplexity {chosen:.4f}")
+    else:
+        print(f"perplexity {chosen:.4f}; full cache {full:.4f} ({chosen / full - 1:+.2%})")
 
 
-def agreement(runs, kind):
-    """How many tokens of each prompt equal the full cache's before the first difference."""
-    ids = {k: [r["ids"] for r in runs if r["cache"]["kind"] == k] for k in ("full", kind)}
-    return [sum(1 for _ in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(a, b)))
-            for a, b in zip(ids[kind], ids["full"])]
+# The table of caches -----------------------------------------------------------------------------
+
+def caches_table(args, results):
+    """The lines of the table: a row for each cache, and what its columns are."""
+    dtype = results[0].cache["stored_dtype"]
+    header = ["cache", f"bytes in {dtype}", "of full", "KL"]
+    scored = results[0].perplexity is not None
+    header += ["perplexity"] if scored else []
+    header += ["prefill s", "decode s"] if not scored else ["seconds"]
+    same = args.compare and not scored
+    header += ["first tokens as full"] if same else []
+    rows = [header]
+    for kind, group in by_kind(results).items():
+        cache = largest_cache(group)
+        row = [kind, f"{cache['stored_bytes']:,}",
+               f"{cache['stored_bytes'] / cache['stored_full_bytes']:.1%}",
+               format_divergence(mean_divergence(group)[0])]
+        row += [f"{group[0].perplexity:.4f}"] if scored else []
+        row.append(f"{sum(result.prefill for result in group):.2f}")
+        row += [f"{sum(result.decode for result in group):.2f}"] if not scored else []
+        row += [agreement_text(results, kind)] if same else []
+        rows.append(row)
+    if "full" not in by_kind(results):
+        cache = largest_cache(results)
+        rows.insert(1, ["full", f"{cache['stored_full_bytes']:,}", "100.0%", "0"]
+                    + [""] * (len(header) - 4))
+    return align(rows) + table_legend(results)
+
+
+def align(rows):
+    """Lines of columns: the first aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width
+                                                   in zip(row[1:], widths[1:])]).rstrip()
+            for row in rows]
+
+
+def table_legend(results):
+    """What the column KL is, with the number of tokens that it is a mean over."""
+    chosen = list(by_kind(results).values())[-1]
+    tokens = mean_divergence(chosen)[1]
+    if not tokens:
+        return []
+    first = "the first " if tokens < sum(r.cached - 1 for r in chosen) and chosen[0].ids else ""
+    return ["KL: divergence from the full cache's next-token distribution in nats per token, "
+            f"mean over {first}{tokens:,} tokens"]
+
+
+def format_divergence(divergence):
+    if divergence is None:
+        return "-"
+    return f"{divergence:.4f}" if divergence else "0"
+
+
+def by_kind(results):
+    """{kind: its results}, in the order in which the kinds were run."""
+    kinds = dict.fromkeys(result.cache["kind"] for result in results)
+    return {kind: [r for r in results if r.cache["kind"] == kind] for kind in kinds}
+
+
+def largest_cache(results):
+    return max((result.cache for result in results), key=lambda cache: cache["full_bytes"])
+
+
+def mean_divergence(results):
+    """(mean over the tokens of all results, number of tokens); (None, 0) if it was not measured."""
+    if any(result.divergence is None for result in results):
+        return None, 0
+    tokens = sum(result.divergence_tokens for result in results)
+    total = sum(result.divergence * result.divergence_tokens for result in results)
+    return (total / tokens if tokens else 0.0), tokens
+
+
+def closest_kind(results):
+    """The compressed kind of cache with the smallest divergence, and of equal ones the smallest."""
+    found = []
+    for kind, group in by_kind(results).items():
+        divergence = mean_divergence(group)[0]
+        if kind != "full" and divergence is not None:
+            found.append((divergence, largest_cache(group)["stored_bytes"], kind))
+    return min(found)[2] if found else None
+
+
+def agreement(results, kind):
+    """For each prompt, how many first tokens equal those of the full cache."""
+    ids = {name: [r.ids for r in group] for name, group in by_kind(results).items()}
+    return [sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ours, full)))
+            for ours, full in zip(ids[kind], ids["full"])]
+
+
+def agreement_text(results, kind):
+    """3 of 20, for each prompt."""
+    group = by_kind(results)[kind]
+    return ", ".join(f"{same} of {result.tokens}"
+                     for same, result in zip(agreement(results, kind), group))
+
+
+# Sentences ---------------------------------------------------------------------------------------
+
+def notes(args, plan, results):
+    """Sentences about what a reader should know before trusting the table."""
+    for status in sorted({result.status for result in results} - {"ok"}):
+        yield STATUS[status]
+    for kind, group in by_kind(results).items():
+        if (mean_divergence(group)[0] or 0) > UNRELIABLE:
+            yield (f"With a KL above {UNRELIABLE:g} the {kind} cache is unreliable on this text.")
+    bibranch = [result for result in results if result.cache["kind"] == "bibranch"]
+    cached = sum(result.cached for result in bibranch)
+    exact = sum(result.exact for result in bibranch)
+    if bibranch and exact == cached:
+        yield ("Every token fits into sinks and window: the bi-branch cache compressed nothing "
+               "on this text.")
+    elif bibranch and exact > cached / 2:
+        yield (f"{exact / cached:.0%} of the bi-branch cache's tokens were exact, in sinks and "
+               "window; the KL of a longer text is usually larger.")
+    if plan and bibranch and args.bits == 4:
+        full = sum(ranks == (plan.d_max, plan.d_max) for ranks in map(tuple, plan.ranks))
+        if full:
+            yield (f"{full} of {len(plan.ranks)} layers are not compressed: --bits 4 does not "
+                   "apply to them.")
+    if results and "memory" in results[-1].cache:
+        peak = ", ".join(size(n) for n in results[-1].cache["memory"])
+        yield f"peak GPU memory, {results[-1].cache['kind']} cache: {peak}"
 
 
 def size(n):
@@ -91,30 +193,76 @@ def size(n):
     return f"{n:.4g} GiB"
 
 
-def print_plan(rows, plan, to):
-    """The table of layers: Eq. 10, Eq. 12, Eq. 13, and the error measured on the user's text."""
+# The table of layers -----------------------------------------------------------------------------
+
+def worst_errors(results):
+    """(keys, values) of each layer: the largest error over all prompts and compressed caches."""
+    measured = [result.errors for result in results
+                if result.cache["kind"] != "full" and result.errors]
+    return [tuple(map(max, zip(*layer))) for layer in zip(*measured)]
+
+
+def plan_rows(plan, errors):
+    """The rows of the table of layers and of the JSON, one dict a layer."""
+    rows = []
+    for i, (kappas, total, (d_k, d_v)) in enumerate(
+            zip(plan.log_kappa, plan.log_kappa_tilde, plan.ranks)):
+        row = {"layer": i, "log_kappa_k": kappas[0], "log_kappa_v": kappas[1],
+               "log_kappa": sum(kappas), "log_kappa_tilde": total, "d_k": d_k, "d_v": d_v,
+               "kept": (d_k + d_v) / (2 * plan.d_max)}
+        if errors:
+            row |= {"error_k": errors[i][0], "error_v": errors[i][1]}
+        rows.append(row)
+    return rows
+
+
+def print_plan(rows, plan, file):
+    """The table of layers: Eqs. 10, 12 and 13, and the errors if they were measured."""
     measured = "error_k" in rows[0]
-    print("layer  ln k(Wk)  ln k(Wv)   ln k~   d_k   d_v   kept"
-          + "  |k-k~|/|k|  |v-v~|/|v|" * measured, file=to)
+    header = "layer  ln kappa(Wk)  ln kappa(Wv)  ln kappa~   d_k   d_v   kept"
+    print(header + ("  |k-k~|/|k|  |v-v~|/|v|" if measured else ""), file=file)
     for r in rows:
-        print(f"{r['layer']:5d}  {r['log_kappa_k']:8.2f}  {r['log_kappa_v']:8.2f}  "
-              f"{r['log_kappa_tilde']:6.1f}  {r['d_k']:4d}  {r['d_v']:4d}  {r['kept']:5.3f}"
-              + (f"  {r['error_k']:10.3f}  {r['error_v']:10.3f}" if measured else ""), file=to)
-    print(f"kept {plan.kept:.4f} of the full cache's numbers (d_max {plan.d_max})", file=to)
+        line = (f"{r['layer']:5d}  {r['log_kappa_k']:12.2f}  {r['log_kappa_v']:12.2f}  "
+                f"{r['log_kappa_tilde']:9.1f}  {r['d_k']:4d}  {r['d_v']:4d}  {r['kept']:5.3f}")
+        if measured:
+            line += f"  {r['error_k']:10.3f}  {r['error_v']:10.3f}"
+        print(line, file=file)
+    print(f"kept {plan.kept:.4f} of the full cache's numbers (d_max {plan.d_max})", file=file)
+    if measured:
+        print("The errors are those of the low-rank map alone: they do not contain the rounding "
+              "to 4 bits, and exact tokens have none.", file=file)
 
 
-def print_comparison(runs):
-    """The three caches side by side, on standard output: the table is the result."""
-    print("cache              bytes  of full  prefill s  decode s")
-    for kind in dict.fromkeys(r["cache"]["kind"] for r in runs):
-        of_kind = [r for r in runs if r["cache"]["kind"] == kind]
-        agree = agreement(runs, kind) if "ids" in of_kind[0] else [0]
-        for r, same in zip(of_kind, agree):
-            c = r["cache"]
-            last = (f"perplexity {r['perplexity']:.4f}" if "perplexity" in r
-                    else f"first {same} of {r['tokens']} tokens as with the full cache")
-            print(f"{kind:10s}  {c['bytes']:12,}  {c['bytes'] / c['full_bytes']:7.1%}  "
-                  f"{r['prefill']:9.2f}  {r['decode']:8.2f}  {last}")
-    for r in runs:
-        if "text" in r:
-            print(f"\n--- {r['cache']['kind']}\n{r['text']}")
+# JSON --------------------------------------------------------------------------------------------
+
+def as_json(args, results, seconds):
+    """What was run, as README describes it: one object, or with --compare one for each cache."""
+    groups = by_kind(results)
+    if args.compare:
+        agree = {kind: agreement(results, kind) for kind in groups if args.prompt}
+        return {"compare": [json_of(group, seconds) for group in groups.values()], "agree": agree}
+    if not groups:
+        return {"seconds": seconds}
+    found = json_of(list(groups.values())[-1], seconds)             # of the cache that was chosen
+    if args.perplexity is not None:
+        found["full_perplexity"] = results[0].perplexity
+    return found
+
+
+def json_of(results, seconds):
+    """The results of one cache, over all prompts."""
+    divergence, tokens = mean_divergence(results)
+    found = {"cache": largest_cache(results)}
+    if results[0].text is not None:
+        texts = [result.text for result in results]
+        found["text"] = texts[0] if len(texts) == 1 else texts
+    if results[0].perplexity is not None:
+        found["perplexity"] = results[0].perplexity
+    cached = sum(result.cached for result in results)
+    return found | {
+        "tokens": sum(result.tokens for result in results),
+        "divergence": divergence, "divergence_tokens": tokens,
+        "exact": sum(result.exact for result in results) / cached if cached else 1.0,
+        "status": next((r.status for r in results if r.status != "ok"), "ok"),
+        "seconds": seconds | {"prefill": sum(result.prefill for result in results),
+                              "decode": sum(result.decode for result in results)}}

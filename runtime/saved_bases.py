@@ -17,20 +17,21 @@ from runtime.checkpoint import read_header
 from runtime.commuting import CommutingBasis
 
 PROBES = 16
-CLOSE, ROUNDED = 1e-6, 2**-8       # relative differences of probes: same dtype, another dtype
+CLOSE, ROUNDED = 1e-6, 2**-8         # largest difference of probes: in one dtype, in another dtype
 
 
 def probe(W):
-    """A fingerprint of W (m, n): 16 sums of all its numbers with fixed weights, relative to |W|.
+    """A fingerprint (17,) of W (m, n): 16 sums of all its numbers with fixed weights, and its norm.
 
-    If W changes by a fraction e of its norm, each sum changes by about e. Rounding to bfloat16
-    changes it by less than 0.002.
+    If W changes by a fraction e of its norm, so does each sum, approximately. Rounding to bfloat16
+    changes it by less than 0.002 of the norm.
     """
     W = W.detach().double()
     j = torch.arange(1, PROBES + 1, dtype=torch.float64, device=W.device)
     left, right = (2**0.5 * torch.cos(torch.outer(torch.arange(n, device=W.device) ** 2, j))
                    for n in W.shape)                                     # (m, 16), (n, 16)
-    return ((W @ right * left).sum(0) / W.norm().clamp(min=1e-300)).cpu()
+    sums = (W @ right * left).sum(0)
+    return torch.cat((sums, W.norm()[None])).cpu()
 
 
 def projections(llama):
@@ -50,8 +51,9 @@ def belongs_to(llama, metadata, tensors) -> bool:
         numbers = distributed.gather([W[0, :16].float().cpu() for W in projections(llama)])
         return torch.allclose(tensors["model"], torch.stack(numbers), 0.01, 1e-4)
     probes = torch.stack(distributed.gather([probe(W) for W in projections(llama)]))
-    difference = (probes - tensors["probes"]).square().mean(1).sqrt().max()
-    return bool(difference < (CLOSE if metadata["dtype"] == dtype_name(llama) else ROUNDED))
+    norms = probes[:, -1].clamp(min=1e-300)
+    difference = (probes - tensors["probes"]).square().mean(1).sqrt() / norms
+    return bool(difference.max() < (CLOSE if metadata["dtype"] == dtype_name(llama) else ROUNDED))
 
 
 def dtype_name(llama) -> str:
@@ -83,7 +85,8 @@ def write_atomically(path: Path, data: bytes):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for old in path.parent.glob(f"{path.stem}.*.tmp"):
-            if not is_running(old.suffixes[0][1:]):
+            process = old.suffixes[0][1:]
+            if process.isdecimal() and not is_running(int(process)):
                 old.unlink()
         temporary.write_bytes(data)
         os.replace(temporary, path)
@@ -95,11 +98,11 @@ def write_atomically(path: Path, data: bytes):
             temporary.unlink()
 
 
-def is_running(process: str) -> bool:
+def is_running(process: int) -> bool:
     """Whether there is a process with this number."""
     try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, ValueError, OverflowError):
+        os.kill(process, 0)                          # sends no signal
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:                          # there is, and it belongs to someone else
         return True
@@ -128,7 +131,7 @@ def load_bases(folder, llama):
         with safe_open(path, "pt") as f:
             metadata, tensors = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}
         if not belongs_to(llama, metadata, tensors):
-            raise UserError(f"{path} was written for another model; make new ones with --save")
+            raise UserError(f"{path} was made for another model; make new ones with --save")
         plan = read_plan(json.loads(metadata["plan"]), llama.config)
         own = distributed.local_layers(llama.config.layers)
         bases = [read_pair(tensors, i, ranks, llama)

@@ -61,7 +61,9 @@ class Tokenizer:
         for options in (read_json(self.folder, "config.json"), self.options,
                         self.read_optional("generation_config.json")):
             ids = options.get("eos_token_id")
-            self.ends |= {i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int}
+            for i in ids if isinstance(ids, list) else [ids]:
+                if type(i) is int and 0 <= i < config.vocab:
+                    self.ends.add(i)
 
     def read_optional(self, name: str) -> dict:
         """The JSON object in a file that the checkpoint may lack."""
