@@ -11,7 +11,7 @@
     Eq. 4: size of a full cache     full_cache_bytes
     rho, the compression ratio      kept: the fraction of the numbers that is kept [E13]
 
-[E1] ... [E34] refer to the table of errata in the README. Logarithms are natural [E8].
+[E1] to [E34] are the errata in experiments/README.md. Logarithms are natural [E8].
 Not included: token eviction, changes to the weights [E5], and training.
 
     import lorc, model

@@ -524,11 +524,11 @@ def test_u_cannot_be_folded_into_a_rotated_query(text):
 def test_moments_are_those_of_the_inputs_after_the_sinks(small):
     """E[x x^T] and mean |x| of the inputs of Wk in layers 0 and 1, windows of 6 tokens, 2 sinks;
     without text gamma^2. Kills: sinks counted; a square or a root of mean |x| or of gamma."""
-    tokens, windows = torch.tensor(TOKENS[:14]), torch.tensor(TOKENS[:14]).split(6)
+    tokens, windows = torch.tensor(TOKENS[:13]), torch.tensor(TOKENS[:13]).split(6)
     norms = [layer.attn_norm for layer in small.layers]
     block, rope = small.layers[0], small.rope
     xs, ys = [], []
-    for window in windows[:2]:                         # the third has no more than 2 tokens
+    for window in windows[:2]:                         # the third has a single token, a sink
         x, caches = small.embed(window)[None], full(small, 6)
         rope.reserve(6, x)
         xs.append(norms[0](x)[0, 2:])
@@ -539,6 +539,21 @@ def test_moments_are_those_of_the_inputs_after_the_sinks(small):
     for x, C, c, gamma2, norm in zip(inputs, whitened, asvd, lorc.norm_moments(small), norms):
         assert torch.allclose(C, x.T @ x / len(x)) and torch.allclose(c, x.abs().mean(0))
         assert torch.equal(gamma2, norm.weight**2)
+
+
+def test_a_layer_gets_the_bases_for_its_own_moments_and_metrics(small):
+    """make_bases: C of the layer, M_k for keys, M_v for values. Kills: another layer's C; M_v for
+    keys."""
+    g = torch.Generator().manual_seed(0)
+    A = torch.randn(2, 3, 32, 32, generator=g, dtype=torch.float64)
+    moments, metrics = [], []
+    for C, M_k, M_v in A @ A.mT:                                 # positive definite, for each layer
+        moments.append(C)
+        metrics.append((M_k[:16, :16], M_v[:16, :16]))
+    bases = lorc.make_bases(small, [(4, 6), (3, 5)], moments, metrics)
+    for layer, pair, C, M in zip(small.layers, bases, moments, metrics):
+        for W, b, M in zip((layer.attn.Wk, layer.attn.Wv), pair, M):
+            assert torch.equal(b.up, lorc.basis(W.weight, b.d_c, C, M).up)
 
 
 @given(matrices(12), seeds)
@@ -849,6 +864,36 @@ def test_the_attention_bound_is_attained():
         bound = theory.attention_bound(delta * one, tensor(1, 1), one, 0 * one, 1.0, p_tilde, 1)
         assert math.isclose(((p - p_tilde) @ tensor(1, -1)).abs(), bound)
     assert theory.attention_bound(one, 3 * one[None], one, 0.5 * one, 0.0, one[None], 1) == 1.5
+
+
+def test_the_attention_bound_of_a_layer_is_that_of_its_tokens(small):
+    """theory.attention_error_and_bound against loops: o and o~ of query t and head h over tokens
+    n <= t, radius max_n ||v_n - o||. Kills: the mean for the maximum; tokens after t; the e_k of
+    another group."""
+    attn, T, d = small.layers[0].attn, 5, 8
+    x = torch.randn(T, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pair = [lorc.basis(W.weight, 5) for W in (attn.Wk, attn.Wv)]
+    small.rope.reserve(T, x)
+    e, W_tilde = [], []
+    for W, b in zip((attn.Wk, attn.Wv), pair):
+        W_tilde.append(b.up @ (b.down @ W.weight))
+        e.append(torch.linalg.matrix_norm((W.weight - W_tilde[-1]).unflatten(0, (2, d)), 2))
+
+    def head(W, i, rotated):
+        y = (x @ W[i * d:i * d + d].T)[None, :, None]
+        return (small.rope(y, slice(0, T)) if rotated else y)[0, :, 0]                   # (T, d)
+    errors, bounds = theory.attention_error_and_bound(small, attn, x, pair)
+    for h, t in ((0, 4), (1, 2), (2, 3), (3, 4), (3, 0)):
+        q, outputs = head(attn.Wq.weight, h, True)[t], []
+        for Wk, Wv in ((attn.Wk.weight, attn.Wv.weight), W_tilde):
+            k, v = head(Wk, h // 2, True)[:t + 1], head(Wv, h // 2, False)[:t + 1]
+            outputs.append(((k @ q / d**0.5).softmax(0), v))
+        (p, v), (p_tilde, v_tilde) = outputs
+        radius = max(theory.norm(v_n - p @ v) for v_n in v)
+        bound = theory.attention_bound(q.norm(), x[:t + 1].norm(dim=1), e[0][h // 2], e[1][h // 2],
+                                       radius, p_tilde, d)
+        assert math.isclose(bounds[t, h], bound)
+        assert math.isclose(errors[t, h], theory.norm(p @ v - p_tilde @ v_tilde))
 
 
 @pytest.mark.parametrize("kept", [0.3, 0.6, 0.9])

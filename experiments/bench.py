@@ -1,17 +1,22 @@
-"""Decoding speed beside transformers': milliseconds a step, memory, and the share of what memory allows.
+"""Decoding speed: milliseconds per step, memory, and the fraction of the memory bandwidth in use.
 
     python experiments/bench.py --model PATH --device cpu --dtype float32
     python experiments/bench.py --model PATH --context 512
-    python experiments/bench.py --shape llama-3-8b --batch 64 --context 2048 --transformers none
+    python experiments/bench.py --shape llama-3-8b --batch 64 --context 2048 --transformers none \\
+        --how compiled fused --caches full compressed@0.5 compressed@0.25 bibranch-4bit@0.4
 
-One process, contenders interleaved, medians over all steps. A step ends when its token has reached the
-host, for everyone. Ours: each cache, as it is read (eager) and compiled (--compile). transformers:
-`generate` with its default cache, and with its static cache, which it compiles on CUDA.
-The share is (weights + cache bytes) / (time x bandwidth); the bandwidth is measured in the same run, of
-a copy on CUDA, of a large matrix times a vector on the CPU. --shape: random weights; caches are filled
-with random numbers up to their last tokens, bases are random too: only time and bytes are measured.
+All contenders run in one process, in turn, for several rounds; each number is the median over all
+steps. A step ends when its token has reached the host. A contender is a cache and the way its step
+is computed: uncompiled (eager), compiled by PyTorch alone (compiled), or compiled with the kernels
+of runtime/fused.py (fused), where these serve the cache. NAME@KEPT sets the fraction of one cache.
+transformers is timed with its default cache and with its static cache, which it compiles on CUDA.
+
+`share` is (weights + cache bytes) / (time * bandwidth). The bandwidth is measured in the same run,
+of a copy on CUDA, of a large matrix times a vector on the CPU. With --shape, weights and bases are
+random and the caches are filled with random numbers up to their last tokens.
 """
 import argparse
+import functools
 import gc
 import sys
 import time
@@ -22,10 +27,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lorc
-from runtime import fast, jobs as running
+from runtime import compiled
 import model
 from cache import Basis
 from runtime.commuting import CommutingBasis
+from runtime.scoring import finite
 from record import HERE, provenance, write
 
 SHAPES = {
@@ -56,9 +62,10 @@ def random_model(config, dtype, device):
 
 
 def random_bases(llama, kept, commuting, split=0.0):
-    """Bases of the right sizes, one pair a layer, scaled to keep lengths about as they are."""
+    """Random bases, one pair per layer, with the ranks of lorc.py's uniform schedule."""
     c, like = llama.config, llama.norm.weight
-    d_k, d_v = (max(2, round(part * c.kv_width) // 2 * 2) for part in (kept - split, kept + split))
+    d_c = kept * c.kv_width
+    [(d_k, d_v)] = lorc.round_ranks([d_c], [False], c.kv_width, split, pairs=True)
 
     def one(d_c, components=None):
         U = like.new_empty(c.kv_width, d_c).normal_(0, c.kv_width ** -0.5)
@@ -69,10 +76,11 @@ def random_bases(llama, kept, commuting, split=0.0):
 
 
 def filled(llama, name, kept, B, context, steps, split=0.0):
-    """Caches of `context` tokens with room for `steps` at the end, random up to there."""
+    """Caches for `context` tokens, filled with random numbers except for the last `steps`."""
     kind, bits, commuting = CACHES[name]
     bases = None if kind == "full" else random_bases(llama, kept, commuting, split)
-    caches = lorc.new_caches(llama, kind, context, bases, B, **({"bits": bits} if kind == "bibranch" else {}))
+    options = {"bits": bits} if kind == "bibranch" else {}
+    caches = lorc.new_caches(llama, kind, context, bases, B, **options)
     fill(caches, context - steps)
     return caches
 
@@ -93,7 +101,7 @@ def intervals(step, tokens, steps):
     """Seconds of each of `steps` steps: the token is drawn and has reached the host."""
     marks = [time.perf_counter()]
     for _ in range(steps):
-        tokens = lorc.sample(running.finite(step(tokens)), 0, 1, None)[:, None]
+        tokens = lorc.sample(finite(step(tokens)), 0, 1, None)[:, None]
         tokens.cpu()
         marks.append(time.perf_counter())
     return [b - a for a, b in zip(marks, marks[1:])][WARM:]
@@ -121,20 +129,31 @@ def theirs(hf, prompt, steps, static):
     return [b - a for a, b in zip(marks, marks[1:])][WARM:]
 
 
-def ours(llama, name, args, compile):
-    """Seconds of each of args.steps steps of one cache, made for the purpose, and its bytes."""
-    caches = filled(llama, name, args.kept, args.batch, args.context, args.steps, args.split)
+def ours(llama, contender, how, args):
+    """Seconds of each of args.steps steps, and the row with the bytes of cache and step."""
+    name, _, kept = contender.partition("@")
+    caches = filled(llama, name, float(kept or args.kept), args.batch, args.context, args.steps,
+                    args.split)
     tokens = torch.zeros(args.batch, 1, dtype=torch.long, device=args.device)
     held = torch.cuda.memory_allocated() if args.device == "cuda" else 0
 
     def eager(tokens):
         return llama.head(llama.hidden(tokens, caches)[:, -1])
-    step = fast.compiled(llama, caches, args.batch) if compile else eager
-    took = intervals(step, tokens, args.steps)
+    step = eager if how == "eager" else compiled.compile_step(llama, caches, args.batch,
+                                                              fused=how == "fused")
+    seconds = intervals(step, tokens, args.steps)
     row = {"cache_bytes": sum(c.nbytes for c in caches)}
     if args.device == "cuda":
         row["step_bytes"] = torch.cuda.max_memory_allocated() - held
-    return took, row
+        room = torch.cuda.get_device_properties(0).total_memory - held + row["cache_bytes"]
+        row["largest_batch"] = int(room / (row["cache_bytes"] + row["step_bytes"]) * args.batch)
+    return seconds, row
+
+
+def contenders(args):
+    """(cache, how) of every row; the kernels do not serve every cache."""
+    return [(name, how) for name in args.caches for how in args.how
+            if how != "fused" or not ("commuting" in name or name == "full")]
 
 
 def bandwidth(device):
@@ -180,8 +199,8 @@ def measure(args, llama):
     full = lorc.full_cache_bytes(llama, args.context, args.batch)
     runs = {f"transformers {which}": lambda which=which: (
         theirs(hf, prompt, args.steps, which == "static"), {"cache_bytes": full}) for which in args.transformers}
-    runs |= {f"{name} {how}": lambda name=name, how=how: ours(llama, name, args, how == "compiled")
-             for name in args.caches for how in args.how}
+    for name, how in contenders(args):
+        runs[f"{name} {how}"] = functools.partial(ours, llama, name, how, args)
     weights = sum(p.nbytes for n, p in llama.named_parameters() if n != "embed.weight")
     weights += llama.config.tied * llama.embed.weight.nbytes
     speed, seconds, rows = bandwidth(args.device), {name: [] for name in runs}, {}
@@ -202,19 +221,31 @@ def measure(args, llama):
             "bandwidth": speed, "weights_bytes": weights, "rows": rows}
 
 
+def contender(text):
+    """NAME or NAME@KEPT, checked."""
+    name, _, kept = text.partition("@")
+    if name not in CACHES or not 0 < float(kept or 1) <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME or NAME@KEPT, such as full or "
+                                         f"compressed@0.25; names: {', '.join(CACHES)}")
+    return text
+
+
 def command_line():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="A folder; or")
     what.add_argument("--shape", choices=SHAPES, help="random weights of this shape.")
-    p.add_argument("--batch", type=int, default=1)
+    p.add_argument("--batch", type=int, nargs="+", default=[1], help="One, or one per context.")
     p.add_argument("--context", type=int, nargs="+", default=[512], help="One table for each.")
     p.add_argument("--steps", type=int, default=48)
     p.add_argument("--rounds", type=int, default=3, help="The first is left out.")
     p.add_argument("--kept", type=float, default=0.5)
     p.add_argument("--split", type=float, default=0.0, help="As lorc.py's: from keys to values.")
-    p.add_argument("--caches", nargs="+", choices=CACHES, default=["full", "compressed", "bibranch", "bibranch-4bit"])
-    p.add_argument("--how", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
+    p.add_argument("--caches", nargs="+", type=contender, metavar="NAME[@KEPT]",
+                   default=["full", "compressed", "bibranch", "bibranch-4bit"],
+                   help=", ".join(CACHES))
+    p.add_argument("--how", nargs="+", choices=["eager", "compiled", "fused"],
+                   default=["eager", "compiled"])
     p.add_argument("--transformers", nargs="+", choices=["dynamic", "static", "none"], default=["dynamic", "static"])
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--dtype", default="bfloat16")
@@ -237,9 +268,11 @@ def main():
         if args.transformers:
             import transformers
             result["transformers"] = transformers.__version__
-        for context in args.context:
+        batches = args.batch * len(args.context) if len(args.batch) == 1 else args.batch
+        for batch, context in zip(batches, args.context, strict=True):
             torch._dynamo.reset()
-            result["tables"].append(measure(argparse.Namespace(**vars(args) | {"context": context}), llama))
+            one = argparse.Namespace(**vars(args) | {"batch": batch, "context": context})
+            result["tables"].append(measure(one, llama))
             write(args.out or HERE / "results" / f"bench-{name}-{args.device}.json", result)
 
 

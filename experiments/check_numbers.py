@@ -21,7 +21,7 @@ Numbers inside `code spans` and code blocks are never marked. An expression may 
     percent(x)              100 * x
     above(x, full)          100 * (x / full - 1); x and full are numbers or rows with a perplexity
     kept_bytes(row)         100 * row["bytes"] / row["full_bytes"]
-    min, max, sum, len, abs, round
+    min, max, sum, len, abs, round, zip
 
 and the names that an earlier comment of the same document defines:
 
@@ -79,7 +79,7 @@ class Results:
             self.quoted[name] = found
         return self.quoted[name]
 
-    def row(self, name, **values):
+    def row(self, name, /, **values):
         """The only entry of NAME.json's rows that has these values. Raises NumberError."""
         rows = [row for row in self.result(name)["rows"]
                 if all(row.get(key) == value for key, value in values.items())]
@@ -91,7 +91,8 @@ class Results:
         """What an expression may use."""
         return {"result": self.result, "row": self.row, "percent": lambda x: 100 * x,
                 "above": above, "kept_bytes": lambda row: 100 * row["bytes"] / row["full_bytes"],
-                "min": min, "max": max, "sum": sum, "len": len, "abs": abs, "round": round}
+                "min": min, "max": max, "sum": sum, "len": len, "abs": abs, "round": round,
+                "zip": zip}
 
 
 def above(x, full):
@@ -143,7 +144,7 @@ def agrees(value, printed):
 def evaluate(expression, names):
     """The values of an expression, a list. Raises NumberError."""
     try:
-        value = eval(expression, {"__builtins__": {}}, names)       # our own documents: not hostile
+        value = eval(expression, names | {"__builtins__": {}})      # our own documents: not hostile
     except (LookupError, TypeError, NameError, SyntaxError, ArithmeticError, OSError) as e:
         raise NumberError(f"`{expression}` cannot be evaluated: {e!r}") from None
     return list(value) if isinstance(value, tuple) else [value]

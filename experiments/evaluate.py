@@ -3,7 +3,7 @@ metrics and its standard errors. The model is ours; lm_eval_adapter.py says how 
 
     python experiments/evaluate.py --model PATH --tasks openbookqa,boolq --data DIR --out FILE \\
         --dtype float32 --cache full --also "--cache compressed --kept 0.8" \\
-        --also "--cache bibranch --kept 0.4 --calibrate TEXT --split 0.1"
+        --also "--cache bibranch --kept 0.4 --calibrate TEXT --basis whitened --split 0.1"
 
 The flags of the cache are lorc.py's own. Each --also is one more configuration of the same loaded
 model. Without --data every task that lm-eval knows can be named, and comes from the Hub. With it,
@@ -176,7 +176,7 @@ def configuration(flags, first=None):
     """
     p = command.command_line()
     args = command.validate_flags(p, p.parse_args([*flags, "--perplexity", "the tasks"]))
-    for name in ("compare", "save", "json", "context", "max_tokens",
+    for name in ("compare", "save", "json", "verbose", "context", "max_tokens",
                  *(("model", "dtype", "device") if first else ())):
         if getattr(args, name) not in (p.get_default(name), None):
             p.error(f"--{name.replace('_', '-')} does nothing here; leave it out")

@@ -1,8 +1,8 @@
-"""Memory above the weights: a LLaMA-3-8B-shaped random model at batch 64 and length 2,048 (Table 2).
+"""Memory above the weights: LLaMA-3-8B's shape at batch 64 and length 2,048 (LoRC, Table 2).
 
-The caches are filled with random numbers up to their last token; then one decode step runs, and the
-peak over it is read. Bases count, as they should. Then the largest batch that fits, cache by cache.
-CUDA only.
+The weights are random. The caches are filled with random numbers up to their last token; then one
+decoding step runs, and the peak of allocated memory over it is read. The bases count as part of the
+cache's cost. Then the largest batch that fits on the card is found for each cache. CUDA only.
 
     python experiments/memory.py [--kept 0.6] [--out FILE] [--commit HASH]
 """
@@ -19,7 +19,8 @@ from record import HERE, provenance, write
 
 
 def peak_of_a_step(llama, kind, bases, B, length):
-    """(bytes of the caches, peak bytes above what was there before them) over one decode step."""
+    """Bytes of the caches, and the peak of allocated bytes above what was allocated before them,
+    over one decoding step."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     caches = lorc.new_caches(llama, kind, length, bases, B)
@@ -30,7 +31,7 @@ def peak_of_a_step(llama, kind, bases, B, length):
 
 
 def largest_batch(llama, name, length, kept):
-    """The largest batch, to within 4, whose caches and one eager decode step fit on the card."""
+    """The largest batch, to within 4, whose caches and one eager decoding step fit on the card."""
     def fits(B):
         torch.cuda.empty_cache()
         try:
@@ -47,7 +48,8 @@ def largest_batch(llama, name, length, kept):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--kept", type=float, default=0.6)
     p.add_argument("--batch", type=int, default=64)
     p.add_argument("--length", type=int, default=2048)
@@ -56,8 +58,10 @@ def main():
     args = p.parse_args()
     with torch.inference_mode():
         llama = random_model(shape("llama-3-8b"), torch.bfloat16, "cuda")
-        result = provenance("cuda", args.commit) | {"batch": args.batch, "length": args.length, "kept": args.kept}
-        result["full_bytes"], result["full_peak"] = peak_of_a_step(llama, "full", None, args.batch, args.length)
+        result = provenance("cuda", args.commit) | {
+            "batch": args.batch, "length": args.length, "kept": args.kept}
+        result["full_bytes"], result["full_peak"] = peak_of_a_step(llama, "full", None, args.batch,
+                                                                   args.length)
         for schedule in ("progressive", "uniform"):
             start = torch.cuda.memory_allocated()
             bases = lorc.compress(llama, kept=args.kept, schedule=schedule)[1]

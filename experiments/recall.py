@@ -40,7 +40,7 @@ LINES = (5, 10, 20, 40)
 RANKED = 20                   # the rank is measured in records of at most so many lines
 WINDOWS = (2, 8, 32, 128, 256)
 WINDOW_LINES, WINDOW_KEPT = 20, 0.2
-TOKENS = 2**14                # of prompts that are read at a time
+TOKENS = {"cuda": 2**16, "cpu": 2**12}    # of prompts that are read at a time
 SEQUENCES = 2**10             # numbers that are fed at a time
 PICTURED = {("full", None), ("calibrated", 16), ("loss metric", 4), ("quantization alone", 3)}
 LINE = "line {}: REGISTER_CONTENT is <{}>\n"
@@ -160,7 +160,7 @@ def measure_records(study, prompts, numbers, make):
     """One dict a record: exact, nats, rank. make(capacity, B): empty caches."""
     found, device = [], study.llama.embed.weight.device
     x, real = padded(numbers)
-    at_once = max(1, min(TOKENS // prompts.shape[1], SEQUENCES // x.shape[1]))
+    at_once = max(1, min(TOKENS[device.type] // prompts.shape[1], SEQUENCES // x.shape[1]))
     for part, y, mask in zip(*(t.split(at_once) for t in (prompts, x, real))):
         caches = make(part.shape[1] + y.shape[2], len(part))
         nats, likeliest = (t.cpu() for t in continuations(study.llama, part.to(device),

@@ -1,13 +1,14 @@
-"""LLaMA-3-70B's shape on two cards: a random checkpoint in safetensors shards, split by torchrun.
+"""LLaMA-3-70B's shape on two cards: a random checkpoint in safetensors shards, run by torchrun.
 
-Writes the checkpoint, one shard a layer, bfloat16: 141 GB with all 80 layers, or as many layers as
-the disk has room for. Then torchrun starts `lorc.py --compare` on it, the prompt on standard input:
-the full cache, latents of half the rank, and the same in 4 bits behind a window. The result holds
-each cache's bytes and each card's peak memory, weights included. Norm weights are 1, the others
-Gaussian of variance 1 / columns, so that nothing overflows. Without a GPU, in miniature:
+Writes the checkpoint, one shard per layer, in bfloat16: 141 GB with all 80 layers, or as many
+layers as the disk has room for. Then torchrun starts `lorc.py --compare` on it with the prompt on
+standard input: the full cache, latents of half the rank, and the same in 4 bits with a window. The
+result holds each cache's bytes and each card's peak memory, weights included. Norm weights are 1,
+all others Gaussian of variance 1 / columns, so that nothing overflows. The second command is a
+miniature that needs no GPU:
 
     python experiments/seventy_billion.py [--layers 80] [--length 8192] [--folder DIR] [--out FILE]
-    python experiments/seventy_billion.py --layers 4 --width 256 --vocab 4096 --length 400 --out FILE
+    python experiments/seventy_billion.py --layers 4 --width 256 --vocab 4096 --length 400
 """
 import argparse
 import json
@@ -53,7 +54,7 @@ def write_shard(path, shapes, seed):
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + x.nbytes]}
         at += x.nbytes
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)                                      # the numbers lie aligned
+    text += b" " * (-len(text) % 8)                                # aligns the numbers
     with open(path, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         f.write(flat.cpu().view(torch.uint8).numpy())
@@ -87,7 +88,7 @@ def long_prompt(folder, n):
 
 
 def torchrun(args, folder):
-    """What lorc.py says about the checkpoint, in its JSON's words, from args.processes processes."""
+    """lorc.py's JSON about the checkpoint, from args.processes processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                str(args.processes), str(ROOT / "lorc.py"), "--model", str(folder), "--prompt", "-",
                "--max-new-tokens", str(args.new), "--json", *FLAGS]
@@ -99,11 +100,12 @@ def torchrun(args, folder):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"layers": 80, "width": 8192, "vocab": 128256, "length": 8192, "new": 32,
                           "processes": 2}.items():
         p.add_argument(f"--{name}", type=int, default=default)
-    p.add_argument("--folder", help="Where there is room. Default: the system's temporary folder.")
+    p.add_argument("--folder", help="A folder with room for it. Default: a temporary folder.")
     p.add_argument("--out", default=HERE / "results" / "seventy_billion.json")
     p.add_argument("--commit")
     args = p.parse_args()
@@ -117,7 +119,7 @@ def main():
         found = torchrun(args, Path(folder))
     del found["plan"], found["model"]
     for one in found["compare"]:
-        del one["text"]                                                  # random weights say nothing
+        del one["text"]                                  # random weights give a random text
     write(args.out, result | found)
 
 

@@ -26,20 +26,21 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import lorc                                                        # noqa: E402
 from runtime import jobs                                           # noqa: E402
 from runtime.commuting import commuting_basis                      # noqa: E402
-from runtime.scoring import negative_log_likelihood                # noqa: E402
 from runtime.text import Tokenizer                                 # noqa: E402
 import model                                                       # noqa: E402
 from cache import GROUP, Basis, BiBranchCache, affine_codes        # noqa: E402
 from record import provenance                                      # noqa: E402
 
 CALIBRATION = 2**15       # tokens of --calibrate that second moments of inputs are taken over
-PASSES = (2**15, 2**14)   # tokens of the two passes of the loss metric: lorc's defaults
+PASSES = (2**16, 2**15)   # tokens of the two passes of the loss metric
+AT_ONCE = {"cuda": 2**14}   # tokens of windows that are scored in one batch; elsewhere one window
 SINKS = 4                 # positions of each window that neither of them uses
 
 
@@ -128,25 +129,26 @@ class Study:
                                        basis, SINKS, self.context, self.windows(CALIBRATION))
 
     @functools.cache
-    def first_pass(self, sinks=SINKS, window=32):
+    def first_pass(self):
         """C and (M_k, M_v) of each layer, measured on the uncompressed model."""
         windows = self.windows(PASSES[0])
-        moments = lorc.calibrated_moments(self.llama, self.calibration, "whitened", sinks,
+        moments = lorc.calibrated_moments(self.llama, self.calibration, "whitened", SINKS,
                                           self.context, windows)
-        return moments, lorc.loss_metrics(self.llama, self.calibration, None, sinks, window,
-                                          self.context, windows)
+        return moments, lorc.loss_metrics(self.llama, self.calibration, sinks=SINKS,
+                                          context=self.context, windows=windows)
 
     @functools.cache
-    def for_loss(self, kept, sinks=SINKS, window=32):
+    def for_loss(self, kept):
         """Ranks by one sort in the loss metric, as (d_k, d_v) of each layer, and their bases.
 
         This is lorc.compress_for_loss; its first pass is shared by all values of `kept`.
         """
-        moments, metrics = self.first_pass(sinks, window)
+        moments, metrics = self.first_pass()
         for i, tokens in enumerate(PASSES):
             if i:
-                metrics = lorc.loss_metrics(self.llama, self.calibration, bases, sinks, window,
-                                            self.context, self.windows(tokens), seed=i)
+                metrics = lorc.loss_metrics(self.llama, self.calibration, bases, sinks=SINKS,
+                                            context=self.context, windows=self.windows(tokens),
+                                            seed=i)
             ranks = lorc.sort_ranks(self.llama, kept, moments, metrics)
             bases = lorc.make_bases(self.llama, ranks, moments, metrics)
         return ranks, bases
@@ -217,10 +219,13 @@ class Study:
                 else (cut(d_k, layer, 0), cut(d_v, layer, 1))
                 for layer, (d_k, d_v) in enumerate(ranks)]
 
-    def compressed(self, kept, basis, sinks=SINKS, window=32, ranks=None, **plan):
-        """Ranks and bases. ranks: these instead of the plan's. `loss, sorted` has its own ranks."""
+    def compressed(self, kept, basis, ranks=None, **plan):
+        """Ranks and bases. ranks: these instead of the plan's.
+
+        `loss, sorted` has its own ranks. Its metric is measured with 4 sinks and a window of 32.
+        """
         if basis == "loss, sorted":
-            return self.for_loss(kept, sinks=sinks, window=window)
+            return self.for_loss(kept)
         ranks = ranks or self.plan(kept, **plan)
         return ranks, self.bases(ranks, basis)
 
@@ -234,9 +239,22 @@ class Study:
         """rounding: a function of latents that replaces cache.round_trip."""
         replaced = (patch("cache.round_trip", lambda c, _bits: rounding(c)) if rounding
                     else contextlib.nullcontext())
+        whole = len(text) // self.context * self.context
+        windows = text[:whole].view(-1, self.context)
+        parts = [*windows.split(max(1, AT_ONCE.get(text.device.type, 0) // self.context))]
+        if len(text) - whole > 1:
+            parts.append(text[None, whole:])
         with torch.no_grad(), rounded_to(bits), replaced:
-            nats, n = negative_log_likelihood(self.llama, text, self.context, make_caches)
-        return math.exp(min(nats / n, 700.0))
+            nats = sum(self.nats(x, make_caches(x.shape[1], len(x))) for x in parts)
+        return math.exp(min(nats / sum(x[:, 1:].numel() for x in parts), 700.0))
+
+    def nats(self, tokens, caches):
+        """Sum of -ln p over all tokens (B, T) but the first of each sequence."""
+        h, total = self.llama.hidden(tokens, caches), 0.0
+        for h, y in zip(h[:, :-1].split(64, 1), tokens[:, 1:].split(64, 1)):
+            logits = self.llama.head(h).flatten(0, 1)
+            total += F.cross_entropy(logits, y.flatten(), reduction="sum").item()
+        return total
 
     def score(self, ranks, bases, kind, rounding=None, second=False, **bibranch):
         """{perplexity, bytes, full_bytes} of one cache; second: of --second, too, if it is given.
@@ -244,8 +262,8 @@ class Study:
         bits = bibranch.get("bits", 16)
         in_code = bibranch | {"bits": max(4, bits)} if bibranch else {}    # see rounded_to
 
-        def make(capacity):
-            return self.caches(kind, bases, capacity, **in_code)
+        def make(capacity, B):
+            return self.caches(kind, bases, capacity, B, **in_code)
         texts = {"perplexity": self.text, "second_perplexity": self.second if second else None}
         found = {name: self.perplexity(text, make, bits, rounding)
                  for name, text in texts.items() if text is not None}
@@ -263,7 +281,7 @@ class Study:
 
         ranks: these instead of the plan's. second: score --second, too.
         """
-        ranks, bases = self.compressed(kept, basis, sinks, window, ranks, **plan)
+        ranks, bases = self.compressed(kept, basis, ranks, **plan)
         bibranch = {"sinks": sinks, "window": window, "bits": bits} if cache == "bibranch" else {}
         found = self.score(ranks, bases, cache, rounding, second, **bibranch)
         numbers = sum(map(sum, ranks)) / (2 * len(ranks) * self.config.kv_width)

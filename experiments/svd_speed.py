@@ -1,8 +1,8 @@
 """App. D: the SVD of all of LLaMA-3-70B's key and value weights "takes only 40 seconds" with NumPy.
 
-160 matrices of 1024 x 8192, random with a decaying spectrum. Ours, `lorc.spectrum`: Gram matrix and
-eigenvectors in float64. Beside it in the same run: numpy.linalg.svd in float64 and in float32, on a
-sample, on the CPU.
+160 matrices of 1024 x 8192, random with a decaying spectrum. `lorc.spectrum` (Gram matrix and
+eigenvectors in float64) is timed beside numpy.linalg.svd in float64 and in float32 in the same run;
+NumPy runs on a sample and on the CPU, and its times are extrapolated to 160 matrices.
 
     python experiments/svd_speed.py [--device cuda] [--sample 4] [--out FILE] [--commit HASH]
 """
@@ -22,13 +22,14 @@ MATRICES, ROWS, COLUMNS = 160, 1024, 8192
 
 
 def matrix(seed, device):
-    """Gaussian rows whose sizes fall from 1 to 1/100: the singular values do about the same."""
+    """Gaussian rows whose norms fall from 1 to 1/100, and with them the singular values."""
     g = torch.Generator(device).manual_seed(seed)
-    return torch.randn(ROWS, COLUMNS, generator=g, device=device) * torch.logspace(0, -2, ROWS, device=device)[:, None]
+    scale = torch.logspace(0, -2, ROWS, device=device)[:, None]
+    return torch.randn(ROWS, COLUMNS, generator=g, device=device) * scale
 
 
 def timed(f, device):
-    """(result, seconds), the device's queue empty before and after."""
+    """The result of f() and its seconds; the device's queue is empty before and after."""
     sync = torch.cuda.synchronize if device == "cuda" else lambda: None
     sync()
     start = time.perf_counter()
@@ -38,16 +39,20 @@ def timed(f, device):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", default="cpu")
-    p.add_argument("--sample", type=int, default=4, help="matrices for the CPU's figures, extrapolated to 160")
+    p.add_argument("--sample", type=int, default=4,
+                   help="Matrices that are timed on the CPU. Default: 4.")
     p.add_argument("--out")
     p.add_argument("--commit")
     args = p.parse_args()
     lorc.spectrum(matrix(0, args.device))                                  # warms up
     count = MATRICES if args.device == "cuda" else args.sample
-    result = provenance(args.device, args.commit) | {"matrices_timed": count, "numpy_sample": args.sample}
-    ours = [timed(lambda W=matrix(i, args.device): lorc.spectrum(W), args.device) for i in range(count)]
+    result = provenance(args.device, args.commit) | {"matrices_timed": count,
+                                                     "numpy_sample": args.sample}
+    ours = [timed(lambda W=matrix(i, args.device): lorc.spectrum(W), args.device)
+            for i in range(count)]
     result["ours_s_for_160"] = sum(s for _, s in ours) * MATRICES / count
     for dtype in (np.float64, np.float32):
         theirs = [timed(lambda W=matrix(i, args.device).cpu().numpy().astype(dtype):

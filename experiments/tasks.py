@@ -36,10 +36,10 @@ from study import lorc
 
 NEEDS_DATA = True
 SHOTS = 5                     # answered questions before a question
-QUESTIONS = 400               # of BoolQ and of OpenBookQA
-PROBLEMS = 256                # of GSM8K
+QUESTIONS = 300               # of BoolQ and of OpenBookQA
+PROBLEMS = 200                # of GSM8K
 PROMPT, ANSWER = 768, 128     # tokens of a prompt and of an answer in GSM8K
-AT_ONCE = 256                 # problems that are answered in one batch
+AT_ONCE = 200                 # problems that are answered in one batch
 CACHES = {                    # label: keyword arguments of `caches_for`
     "full": {"kept": 1.0, "basis": "svd", "kind": "full"},
     "LoRC, Eq. 13, 0.6": {"kept": 0.6, "basis": "svd", "kind": "compressed",

@@ -1,5 +1,6 @@
 """check_numbers.py, by hand on small documents, and on the project's own documents."""
 import json
+import shlex
 
 import pytest
 
@@ -82,3 +83,17 @@ def test_the_command_line_reports_and_repairs(results, tmp_path, capsys):
     assert check_numbers.main(argv) == 0
     document.write_text("1<!-- = nothing -->")
     assert check_numbers.main(argv) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+RESULTS = sorted((check_numbers.HERE / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_command_of_a_result_still_exists(path):
+    """Its script is in the repository, and some script defines each of its flags."""
+    command, *words = shlex.split(json.loads(path.read_text())["command"])
+    assert command == "python" and (check_numbers.HERE.parent / words[0]).exists()
+    known = "".join(source.read_text() for folder in ("experiments", "runtime")
+                    for source in (check_numbers.HERE.parent / folder).glob("*.py"))
+    flags = {word for word in " ".join(words[1:]).split() if word.startswith("--")}
+    assert all(f'"{flag}"' in known for flag in flags), flags

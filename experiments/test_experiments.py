@@ -1,36 +1,16 @@
 """Every experiment runs at its smallest, and scores the caches that lorc makes."""
-import errno
-import functools
-import http.server
 import importlib
 import json
 import math
-import os
 import re
-import resource
-import shlex
-import shutil
-import signal
-import subprocess
 import sys
-import tempfile
-import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, find, given, settings, target
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
-import cache
 import lorc
-from runtime import cli as command, distributed, fast, jobs as running
-from runtime.text import Stream, Tokenizer
-import model
 import theory
-from cache import Basis, BiBranchCache, CompressedCache, FullCache
 
 from runtime.testing import HERE, cli, finished_job
 from runtime.testing import background_jobs, real  # noqa: F401 (fixtures)
@@ -44,8 +24,8 @@ def make_smaller(run_all):
         if isinstance(getattr(script, "KEPT", None), tuple):
             script.KEPT = [k for k in script.KEPT if k >= 0.6][:2]
         script.SPLITS = (0, 0.1)
-    run_all.study.CALIBRATION, run_all.study.PASSES = 512, (512, 512)
-    run_all.front.FEW = (0.6,)
+    run_all.study.PASSES = (512, 512)
+    run_all.front.KEPT_LORC = (0.6,)
     run_all.recall.RECORDS, run_all.recall.LINES, run_all.recall.RANKED = 4, (2, 3), 2
     run_all.recall.WINDOWS, run_all.recall.WINDOW_LINES = (2, 32), 3
     run_all.tasks.QUESTIONS = run_all.tasks.PROBLEMS = 3
@@ -138,7 +118,7 @@ UNIFORM = ["--kept", "0.6", "--schedule", "uniform"]
 
 
 @pytest.mark.parametrize("script, label, flags, basis", [
-    ("front", "full", ["--cache", "full"], None), ("front", "LoRC, progressive", ["--kept", "0.6"], None),
+    ("front", "full", ["--cache", "full"], None), ("front", "LoRC, Eq. 13", ["--kept", "0.6"], None),
     ("lorc_fig2", "LoRC, first whole, uniform", [*UNIFORM, "--skip", "1"], None),
     ("cskv_starts", "ASVD", [*UNIFORM, "--cache", "bibranch"], "asvd"),
     ("cskv_bits", "4 bits, ours", [*UNIFORM, "--cache", "bibranch", "--bits", "4"], "whitened"),

@@ -103,6 +103,6 @@ def test_batches_hold_every_text_once_and_fit_the_budget(lengths, budget):
 
 
 def test_agreement_by_hand():
-    """6 of 8 alike; 5 and 3, 5 and 3 would give (25 + 9) / 8 = 4.25 by chance: kappa 1.75 / 3.75."""
+    """6 of 8 agree; chance gives (5 * 5 + 3 * 3) / 8 = 4.25: kappa is (6 - 4.25) / (8 - 4.25)."""
     assert agreement("11111000", "11110001") == (0.75, 1.75 / 3.75)
     assert agreement("0123", "0123") == (1, 1)

@@ -4,10 +4,10 @@
     out = model.generate(**inputs, past_key_values=cache)
     print(cache.nbytes)
 
-`LowRankCache.from_model(model, kept=0.6)` computes LoRC's bases from the weights instead. The caches
-store what those of cache.py store: exact keys and values of the first `sinks` and the last `window`
-tokens, and latents of the others, in the model's dtype or in 4 bits. A layer rebuilds its keys and
-values in each forward pass, and they are freed after that layer's attention.
+`LowRankCache.from_model(model, kept=0.6)` computes LoRC's bases from the weights instead. The
+caches store what those of cache.py store: exact keys and values of the first `sinks` and the last
+`window` tokens, and latents of the others, in the model's dtype or in 4 bits. A layer rebuilds its
+keys and values in each forward pass, and they are freed after that layer's attention.
 
 Two facts about transformers shape this file:
 
@@ -307,7 +307,7 @@ class LowRankLayer(CacheLayerMixin):
         self.rope.reserve(int(self.columns + T + self.batch.shift.max()), key_states)
         k, v = key_states.transpose(1, 2), value_states.transpose(1, 2)
         before, self.columns = self.columns, self.columns + T
-        if not self.batch.start.any():                                           # no padding
+        if len(self.batch.groups) == 1 and not self.batch.start.any():           # no padding
             return [x.transpose(1, 2) for x in self.of_group(0, k, v)]
         all_k, all_v = (x.new_zeros(B, self.columns, *x.shape[2:]) for x in (k, v))
         for i, rows in enumerate(self.batch.groups):
@@ -365,8 +365,8 @@ class LowRankCache(Cache):
 
     bases holds (K, V) of each layer, None where the layer stays full. `kind` is "compressed" for
     LoRC's cache or "bibranch" for CSKV's, which alone takes `sinks` (4), `window` (32) and `bits`
-    (16 or 4; 16 stands for the model's dtype). `nbytes` is the number of bytes stored, with the room
-    for up to 7 more latents. Raises ValueError for a model or an option that is not supported.
+    (16 or 4; 16 stands for the model's dtype). `nbytes` is the size of the buffers, which have room
+    for up to 7 more latents in 16 bits. Raises ValueError for a model or option not supported.
     """
 
     def __init__(self, model, bases, kind="compressed", sinks=None, window=None, bits=None):

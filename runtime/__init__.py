@@ -11,7 +11,8 @@
     saved_bases.py  the file that --save writes and --bases reads
     text.py         tokenizer, end tokens, streaming
     chat_template.py  renders a chat template in a sandbox, in a process of its own
-    fast.py         --compile: the decode step with fixed shapes, one CUDA graph
+    compiled.py     --compile: the decode step with fixed shapes, one CUDA graph
+    fused.py        Triton kernels for that step: attention over latents
     distributed.py  torchrun: the layers of one model over several processes
 
 lorc.py, cache.py, model.py and theory.py import none of it, except that `python lorc.py` and

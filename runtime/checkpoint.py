@@ -6,6 +6,7 @@ model.load can read the folder without further checks.
 """
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -167,11 +168,13 @@ def check_number(raw: dict, key: str, kind) -> None:
                         f"{'2**31' if kind is int else '1e30'}, not {value!r:.40}")
 
 
+@dataclass
 class Stored:
     """Where a tensor is stored, and its dtype and shape, from the header of its file."""
 
-    def __init__(self, path: Path, entry: dict):
-        self.path, self.dtype, self.shape = path, entry["dtype"], tuple(entry["shape"])
+    path: Path
+    dtype: str              # as in the file: "F32", "BF16", ...
+    shape: tuple
 
 
 def check_files(folder: Path) -> dict[str, Stored]:
@@ -220,7 +223,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     entries = [(name, dict(entry)) for name, entry in pairs if name != "__metadata__"]
     if len(entries) != len(dict(entries)):
         raise UserError(f"{path} is not a readable safetensors file: a name occurs twice in it")
-    return {name: Stored(path, entry) for name, entry in entries}
+    return {name: Stored(path, entry["dtype"], tuple(entry["shape"])) for name, entry in entries}
 
 
 def check_names(folder, tensors, wanted, tied) -> None:

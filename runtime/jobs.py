@@ -15,7 +15,7 @@ import lorc
 import model
 from cache import QuantizedLatents
 from model import UserError
-from runtime import checkpoint, distributed, fast, saved_bases
+from runtime import checkpoint, compiled, distributed, saved_bases
 from runtime.commuting import key_basis
 from runtime.report import report
 from runtime.scoring import ErrorMeter, finite, score_text
@@ -304,7 +304,7 @@ def exact_tokens(args, kind, tokens):
 def checked_step(llama, caches, compile):
     """A decode step for lorc.generate: compiled once the caches allow it, the same logits in all
     processes, and UserError if they are not finite."""
-    step = fast.stepper(llama, caches, compile)
+    step = compiled.make_step(llama, caches, compile)
     return lambda tokens: finite(distributed.broadcast(step(tokens)))
 
 

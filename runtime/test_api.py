@@ -3,7 +3,6 @@
 The paper files are used here as a library, as in a notebook; the command line has its own tests.
 """
 import ast
-import inspect
 import math
 import re
 import subprocess
@@ -14,10 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import cache
 import lorc
 import model
-import theory
 from cache import Basis
 from runtime import scoring
 from runtime.testing import (HERE, RAW, REAL, TOKENS, VARIANTS, full, small_model,
@@ -80,20 +77,6 @@ def test_the_paper_files_have_short_functions_and_import_only_each_other(name):
     if name != "test_lorc":
         assert not found & {"argparse", "subprocess", "torch.distributed"}
         assert not any(module.split(".")[0] in ("runtime", "experiments") for module in found)
-
-
-def test_every_row_of_readmes_table_names_code_that_cites_the_equation():
-    """From the equation to the line: the name exists, and its source says `Eq. n`."""
-    modules = {"cache": cache, "model": model, "lorc": lorc, "theory": theory}
-    row = r"^\| ((?:Eqs?\.|Algorithm|App\.|Thm\.) [^|]+?) \| `([\w.]+)` \|$"
-    rows = re.findall(row, (HERE / "README.md").read_text(), re.M)
-    assert len(rows) >= 17
-    for paper, name in rows:
-        found = modules[name.split(".")[0]]
-        for part in name.split(".")[1:]:
-            found = getattr(found, part)
-        source = " ".join(inspect.getsource(found).split())
-        assert paper in source, (paper, name)
 
 
 # What a wrong call raises ------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def test_missing_keys_of_a_llama_mean_what_they_mean_to_transformers(tmp_path):
 
 def test_missing_keys_of_a_mistral_mean_what_they_mean_to_transformers(tmp_path):
     """8 KV heads, context 131,072, a sliding window of 4,096: 1 refused, 2 accepted."""
-    mistral = {"model_type": "mistral", "num_attention_heads": 8, "rms_norm_eps": "missing",
+    mistral = {"model_type": "mistral", "num_attention_heads": 16, "rms_norm_eps": "missing",
                "num_key_value_heads": "missing", "max_position_embeddings": "missing"}
     with pytest.raises(model.UserError, match="sliding_window of 4096.*context of 131072"):
         read(tmp_path, **mistral)

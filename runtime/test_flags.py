@@ -192,7 +192,7 @@ def test_gradients_that_overflow_end_with_one_line(folder, capsys, monkeypatch):
 
 
 def test_calibration_needs_tokens_beyond_the_exact_ones_of_each_window(folder, tmp_path, capsys):
-    """16 of them, the width of the keys: one window of 64 less sinks, and for the loss the window."""
+    """16 of them, the width of the keys: a window of 64 less its exact tokens."""
     short = tmp_path / "short"
     short.write_text(" ".join(TEXT.split()[:60]))
     for basis, sinks, n in ("whitened", 44, 16), ("whitened", 45, 15), ("loss", 12, 16), (

@@ -12,9 +12,8 @@ import torch
 import lorc
 import model
 from runtime import advice, cli as command, jobs, report, scoring
+from runtime.testing import RAW, cli, small_model, write_checkpoint
 from runtime.text import Tokenizer
-
-from runtime.testing import HERE, RAW, cli, formula_weights, small_model, write_checkpoint
 
 TEXT = " ".join(f"w{7 * i * i % 61}" for i in range(1, 50))
 
@@ -45,7 +44,7 @@ def run_json(capsys, *words):
     ["--cache", "full"], ["--cache", "compressed"], ["--cache", "bibranch", "--bits", 4],
     ["--cache", "bibranch", "--sinks", 3, "--window", 5]])
 def test_bytes_are_those_of_caches_in_the_precision_of_the_stored_weights(flags, folder, capsys):
-    """Against caches of a model that is loaded in that precision; 4-bit codes are the same in any."""
+    """Against caches of a model loaded in that precision; 4-bit codes are the same in any."""
     words = ["--model", folder, "--prompt", TEXT, "--max-new-tokens", 5, "--d-min", 8]
     words = [word for word in words if "full" not in flags or word not in ("--d-min", 8)] + flags
     found = run_json(capsys, *words)["cache"]
@@ -315,6 +314,20 @@ def test_agreement_counts_leading_tokens_of_every_prompt():
                result("compressed", [1, 9, 3]), result("compressed", [4, 5])]
     assert report.agreement(results, "compressed") == [1, 2]
     assert report.agreement_text(results, "compressed") == "1 of 3, 2 of 2"
+
+
+def test_the_closest_cache_has_the_smallest_divergence_and_of_equal_ones_the_fewest_bytes():
+    def result(kind, divergence, stored_bytes):
+        cache = {"kind": kind, "stored_bytes": stored_bytes, "full_bytes": 9}
+        return jobs.Result(cache, 5, 5, 0, [], 0.0, divergence=divergence, divergence_tokens=5)
+    full = result("full", 0.0, 1)
+    for compressed, bibranch, want in (((0.5, 3), (0.1, 4), "bibranch"),
+                                       ((0.1, 4), (0.5, 3), "compressed"),
+                                       ((0.2, 3), (0.2, 4), "compressed"),
+                                       ((0.2, 4), (0.2, 3), "bibranch")):
+        results = [full, result("compressed", *compressed), result("bibranch", *bibranch)]
+        assert report.closest_kind(results) == want
+    assert report.closest_kind([full]) is None
 
 
 # The next command --------------------------------------------------------------------------------

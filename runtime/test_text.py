@@ -1,7 +1,6 @@
 """Text and tokens: the stream, BOS, end tokens, and chat templates as transformers renders them."""
 import importlib.util
 import json
-import os
 import random
 import subprocess
 import sys

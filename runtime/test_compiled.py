@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import lorc
 import model
-from runtime import commuting, fast
+from runtime import commuting, compiled
 from runtime.testing import Text, close, finished_job, full, small_model
 from runtime.testing import background_jobs, small  # noqa: F401 (fixtures)
 
@@ -36,30 +36,30 @@ def test_the_step_of_fixed_shape_is_the_eager_one(seed, sinks, window, T):
             if i == 0 and first:
                 static.attend(q, k, v, text.rope)
                 continue
-            assert fast.settled(static)
+            assert compiled.ready(static)
             position = torch.tensor([eager.length - 1])
-            assert close(fast.Static(static, position).attend(q, k, v, text.rope), want)
+            assert close(compiled.CompiledCache(static, position).attend(q, k, v, text.rope), want)
 
 
-def forty_tokens(llama, kind, compile, **plan):
-    """Tokens that follow a prompt of twelve, with --compile or without. Nothing is compiled twice,
-    except for layers of other ranks."""
+def forty_tokens(llama, kind, compile, prompt=12, **plan):
+    """Tokens that follow a prompt, with --compile or without. Nothing is compiled twice, except for
+    layers of other ranks. The prompt is longer than the six tokens of sinks and window, or not."""
     bases = lorc.compress(llama, **({"kept": 0.7, "schedule": "uniform"} | plan))[1]
     options = {"sinks": 2, "window": 4, "bits": 4} if kind == "bibranch" else {}
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile="schedule" not in plan):
-        caches = lorc.new_caches(llama, kind, 51, bases, **options)
-        step = fast.stepper(llama, caches, compile)
-        steps = lorc.generate(llama, caches, torch.arange(12)[None], 40, step=step)
+        caches = lorc.new_caches(llama, kind, prompt + 39, bases, **options)
+        step = compiled.make_step(llama, caches, compile)
+        steps = lorc.generate(llama, caches, torch.arange(prompt)[None], 40, step=step)
         return [token.item() for token in steps]
 
 
-COMMUTING = {"key_basis": commuting.key_basis, "pairs": True}
+COMMUTING = {"key_basis": commuting.key_basis, "pairs": True}         # options of lorc.compress
 
 
 @pytest.mark.parametrize("kind, plan", [
     ("full", {}), ("compressed", {}), ("compressed", COMMUTING),
-    ("compressed", {"schedule": "progressive"}), ("bibranch", {})])
+    ("compressed", {"schedule": "progressive"}), ("bibranch", {}), ("bibranch", {"prompt": 3})])
 def test_a_compiled_step_gives_the_same_tokens_and_is_compiled_once(small, kind, plan, monkeypatch):
     """--compile: the same tokens as the eager loop; traced, but not translated to C++."""
     real = torch.compile
@@ -75,7 +75,7 @@ def test_a_step_that_cannot_be_compiled_says_what_to_do(small, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend=broken))
     torch._dynamo.reset()
     caches = full(small, 20)
-    step = fast.stepper(small, caches, True)
+    step = compiled.make_step(small, caches, True)
     with pytest.raises(model.UserError, match="no compiler.*leave out --compile"):
         list(lorc.generate(small, caches, torch.arange(9)[None], 5, step=step))
 
