@@ -56,23 +56,17 @@ def svd_factors(W, d_c):
 
 
 def spectrum(W, C=None, M=None):
-    """Eigenvalues (m,), falling, and eigenvectors (m, m) of M^1/2 W C W^T M^1/2, for W (m, n).
+    """Eigenvalues (m,), falling, and eigenvectors (m, m) of R^T W C W^T R with M = R R^T; W (m, n).
 
     C is the second moment E[x x^T] of the inputs: (n, n), or (n,) if diagonal. M (m, m) weights the
     error. None means the identity. With neither, the eigenvalues are sigma^2 and the eigenvectors
     U of W = U Sigma V^T, so this is the SVD, computed from a small Gram matrix. float64 is needed
     because the Gram matrix has the square of W's condition number.
     """
-    W = W.double() if M is None else square_root(M)[0] @ W.double()
+    W = W.double() if M is None else torch.linalg.cholesky(M.double()).T @ W.double()
     WC = W if C is None else W * C.double() if C.dim() == 1 else W @ C.double()
     lam, U = torch.linalg.eigh(WC @ W.T)
     return lam.flip(0).clamp(min=0), U.flip(1)
-
-
-def square_root(M):
-    """M^1/2 and M^-1/2 of a positive definite matrix, in float64."""
-    lam, Q = torch.linalg.eigh(M.double())
-    return (Q * lam.sqrt()) @ Q.T, (Q * lam.rsqrt()) @ Q.T
 
 
 def basis(W, d_c, C=None, M=None):
@@ -84,8 +78,8 @@ def basis(W, d_c, C=None, M=None):
     U = spectrum(W, C, M)[1][:, :d_c]
     down, up = U.T, U
     if M is not None:
-        root, inverse = square_root(M)
-        down, up = U.T @ root, inverse @ U
+        R = torch.linalg.cholesky(M.double())
+        down, up = U.T @ R.T, torch.linalg.solve_triangular(R.T, U, upper=True)
     return Basis(down.to(W.dtype).contiguous(), up.to(W.dtype).contiguous())
 
 
@@ -359,63 +353,46 @@ def observe_projections(llama, observe):
 
 # Beyond both papers: bases and ranks in the metric of the loss ------------------------------------
 
-def compress_for_loss(llama, tokens, kept=0.4, sinks=4, window=32, context=1024, windows=(32, 16),
+def compress_for_loss(llama, tokens, kept=0.4, sinks=4, window=32, context=1024, windows=32,
                       seed=0):
-    """The bases and ranks that cost the model the least likelihood. Returns (Plan, bases).
+    """The bases and ranks that change the model's predictions least. Returns (Plan, bases).
 
-    tokens (N,) are read in windows of `context` tokens: windows[0] of them on the uncompressed
-    model, then windows[1] with the bases found so far, and so on for more passes.
+    tokens (N,): text, of which at most `windows` windows of `context` tokens are used.
     """
-    moments = calibrated_moments(llama, tokens, "whitened", sinks, context, windows[0])
-    bases = None
-    for i, n in enumerate(windows):
-        metrics = loss_metrics(llama, tokens, bases, sinks, window, context, n, seed + i)
-        ranks = sort_ranks(llama, kept, moments, metrics)
-        bases = make_bases(llama, ranks, moments, metrics)
+    factors = fisher_factors(llama, tokens, sinks, window, context, windows, seed)
+    ranks, eye = sort_ranks(factors, kept), torch.eye(llama.config.kv_width)
+    eye, bases = eye.to(llama.norm.weight), []
+    for (d_k, d_v), (K, V) in zip(ranks, factors):
+        full = d_k == d_v == len(eye)
+        bases.append(None if full else (basis(eye, d_k, *K), basis(eye, d_v, *V)))
     kappas = log_kappas(llama)
-    return Plan(kappas, log_kappa_tilde(kappas), ranks, llama.config.kv_width), bases
+    return Plan(kappas, log_kappa_tilde(kappas), ranks, len(eye)), bases
 
 
-def sort_ranks(llama, kept, moments, metrics):
-    """(d_k, d_v) of each layer: the largest eigenvalues of all matrices, up to the fraction kept.
+def fisher_factors(llama, tokens, sinks=4, window=32, context=1024, windows=32, seed=0):
+    """For the keys and for the values of each layer, the factors (C, M) of the Fisher information.
 
-    In the metric of the loss all eigenvalues have the same unit, nats per token. They are sorted in
-    steps of rank_multiple(d_max), and every matrix keeps at least one step.
+    Let the cache return A k for each key k (or value) that it stores compressed. The second moment
+    of the gradient G of the loss with respect to A, at A = I, is the Fisher information if labels
+    are drawn from the model: it moves by about E[tr(G^T (A - I))^2] / 2 nats. One text window gives
+    one G, (G*d, G*d). Memory: the weights, the activations of one layer, and all G on the CPU.
     """
-    step = rank_multiple(llama.config.kv_width)
-    spectra = [spectrum(W.weight, C, M)[0] for layer, C, pair in zip(llama.layers, moments, metrics)
-               for W, M in zip((layer.attn.Wk, layer.attn.Wv), pair)]
-    worth = torch.stack(spectra).unflatten(1, (-1, step)).sum(-1)              # (2*L, d_max/step)
-    worth[:, 0] = math.inf
-    chosen = worth.flatten().argsort(descending=True)[:max(len(worth), round(kept * worth.numel()))]
-    counts = (chosen // worth.shape[1]).bincount(minlength=len(worth)) * step
-    return list(zip(counts[::2].tolist(), counts[1::2].tolist()))
-
-
-def loss_metrics(llama, tokens, bases=None, sinks=4, window=32, context=1024, windows=32, seed=0):
-    """(M_k, M_v) of each layer, each E[g g^T] (G*d, G*d) in float32, measured on tokens (N,).
-
-    g is the gradient of the loss with respect to a key before rotation, or a value, through the
-    queries that read it from the low-rank part of a bi-branch cache with these bases (None: not
-    compressed). Labels are drawn from the model: M is then the Fisher information, and an error e
-    moves the model by about e^T M e / 2 nats. 1 % of the mean eigenvalue is added to the diagonal.
-    Memory: the weights, the activations of one layer and window, and all M.
-    """
-    c, like = llama.config, llama.norm.weight
-    eye = torch.eye(c.kv_width, dtype=like.dtype, device=like.device)
-    recording = [[RecordingBasis(b, window) for b in pair or (Basis(eye, eye), Basis(eye, eye))]
-                 for pair in bases or [None] * len(llama.layers)]
-    generator, count = torch.Generator(like.device).manual_seed(seed), 0
-    for x in split_windows(tokens, context, windows, sinks + window, "loss metric"):
-        caches = new_caches(llama, "bibranch", len(x), recording, sinks=sinks, window=window,
+    like, maps, gradients = llama.norm.weight, [], []
+    eye = torch.eye(llama.config.kv_width).to(like)
+    for _ in range(2 * len(llama.layers)):                         # k, v, k, v, ... of all layers
+        maps.append(eye.clone().requires_grad_())
+    bases = [(Basis(eye, A_k), Basis(eye, A_v)) for A_k, A_v in zip(maps[::2], maps[1::2])]
+    generator = torch.Generator(like.device).manual_seed(seed)
+    for x in split_windows(tokens, context, windows, sinks + window, "gradients of the loss"):
+        caches = new_caches(llama, "bibranch", len(x), bases, sinks=sinks, window=window,
                             simulate_decoding=True)
         with torch.enable_grad():
             logits = llama.head(llama.hidden(x[None], caches, recompute)[0]).float()       # (T, V)
             labels = logits.detach().softmax(-1).multinomial(1, generator=generator)[:, 0]
-            F.cross_entropy(logits, labels, reduction="sum").backward()
-        count += len(x) - sinks - window
-    metrics = [[b.total / count for b in pair] for pair in recording]
-    return [tuple(M + 0.01 * M.trace() / len(M) * eye.float() for M in pair) for pair in metrics]
+            loss = F.cross_entropy(logits, labels, reduction="sum") / len(x) ** 0.5
+        gradients.append([G.cpu() for G in torch.autograd.grad(loss, maps)])
+    factors = [kronecker_factors(torch.stack(G).to(like.device)) for G in zip(*gradients)]
+    return list(zip(factors[::2], factors[1::2]))
 
 
 def recompute(block, x, cache, rope):
@@ -423,21 +400,37 @@ def recompute(block, x, cache, rope):
     return checkpoint(block, x, cache, rope, use_reentrant=False)
 
 
-class RecordingBasis(Basis):
-    """A basis that adds up g g^T of the gradients g of all keys or values that it reconstructs."""
+def kronecker_factors(G, rounds=3):
+    """C and M with E[G_ij G_kl] close to M_ik C_jl, from samples G (n, m, m) of a random matrix.
 
-    def __init__(self, basis, window):
-        super().__init__(basis.down, basis.up)
-        self.window, self.total = window, torch.zeros_like(basis.up @ basis.down, dtype=torch.float)
+    Each round improves the likelihood that G has if it is normally distributed: M = E[G C^-1 G^T]
+    / m, then C = E[G^T M^-1 G] / m. 1 % of their mean eigenvalue is added to both.
+    """
+    G, eye = G.double(), torch.eye(G.shape[-1]).to(G.device, torch.float64)
 
-    def reconstruct(self, c, d):
-        x = super().reconstruct(c, d).requires_grad_()                             # (B, T, G, d)
-        x.register_hook(self.add)
-        return x
+    def regularized(S):
+        return S + 0.01 * S.trace() / len(S) * eye
+    C = eye
+    for _ in range(rounds):
+        M = regularized((G @ torch.linalg.solve(C, G.mT)).mean(0) / len(eye))
+        C = regularized((G.mT @ torch.linalg.solve(M, G)).mean(0) / len(eye))
+    return C, M
 
-    def add(self, g):
-        """Gradients with |g|^2 above the mean are clipped to it: few tokens would dominate M."""
-        g = g[:, :g.shape[1] - self.window].flatten(2).flatten(0, 1).float()       # (B*T, G*d)
-        squares = g.square().sum(-1, keepdim=True)
-        g = g * (squares.mean() / squares).nan_to_num(0).clamp(max=1).sqrt()
-        self.total += g.T @ g
+
+def sort_ranks(factors, kept):
+    """(d_k, d_v) of each layer: the largest eigenvalues of all matrices, up to the fraction kept.
+
+    All eigenvalues have the same unit, nats per token. They are sorted in steps of
+    rank_multiple(d_max). Every matrix keeps at least one step. Raises ValueError if kept is less.
+    """
+    eye = torch.eye(len(factors[0][0][0])).to(factors[0][0][0])
+    spectra = torch.stack([spectrum(eye, C, M)[0] for pair in factors for C, M in pair])
+    step = rank_multiple(len(eye))
+    worth = spectra.unflatten(1, (-1, step)).sum(-1)                           # (2*L, d_max/step)
+    worth[:, 0] = math.inf
+    count = round(kept * worth.numel())
+    if count < len(worth):
+        raise UserError(f"kept {kept:g} cannot be reached; it can be {step / len(eye):.3g} to 1")
+    chosen = worth.flatten().argsort(descending=True)[:count] // worth.shape[1]
+    ranks = chosen.bincount(minlength=len(worth)) * step
+    return list(zip(ranks[::2].tolist(), ranks[1::2].tolist()))
