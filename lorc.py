@@ -32,6 +32,7 @@ if __name__ == "__main__":
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -73,8 +74,7 @@ def basis(W, d_c, C=None, M=None):
     """The map of rank d_c with the least expected error E (y - y~)^T M (y - y~) of y = W x.
 
     Without C and M this is LoRC's SVD: down = U^T, up = U, and the latent U^T (W x) equals
-    (Sigma V^T) x [E1]. theory.expected_error has the proof.
-    """
+    (Sigma V^T) x [E1]. theory.expected_error has the proof."""
     U = spectrum(W, C, M)[1][:, :d_c]
     down, up = U.T, U
     if M is not None:
@@ -113,8 +113,7 @@ def log_kappa_tilde(log_kappas):
 def compressed_dimension(log_tilde, d_max, d_min, schedule="progressive"):
     """d_c of each layer as a real number: Eq. 13. It never grows with depth, since kappa >= 1 [E9].
 
-    The schedule "uniform", the paper's baseline, gives d_min to every layer.
-    """
+    The schedule "uniform", the paper's baseline, gives d_min to every layer."""
     if schedule == "uniform":
         return [float(d_min)] * len(log_tilde)
     lowest, highest = min(log_tilde), max(log_tilde)
@@ -128,8 +127,7 @@ def round_ranks(d_c, full, d_max, split=0.0, pairs=False):
     """Integer ranks (d_k, d_v) of each layer, from the real d_c of Eq. 13 [E9].
 
     full: whether each layer is left uncompressed. split * d_max is moved from keys to values.
-    Ranks are multiples of rank_multiple(d_max), and d_k is even if `pairs`.
-    """
+    Ranks are multiples of rank_multiple(d_max), and d_k is even if `pairs`."""
     def nearest(x, multiple):
         return min(d_max, multiple * max(1, round(x / multiple)))
     step = rank_multiple(d_max)
@@ -147,9 +145,7 @@ def rank_multiple(d_max):
 def solve_d_min(kept, ranks_of, d_max):
     """The d_min for which ranks_of(d_min) keeps the fraction `kept`, found by bisection.
 
-    ranks_of: d_min -> [(d_k, d_v)] of each layer. Raises ValueError if no d_min in [1, d_max] is
-    within half a rounding step.
-    """
+    ranks_of: d_min -> [(d_k, d_v)]. Raises UserError if no d_min in [1, d_max] comes close."""
     def fraction(d_min):
         ranks = ranks_of(d_min)
         return sum(d_k + d_v for d_k, d_v in ranks) / (2 * len(ranks) * d_max)
@@ -169,7 +165,6 @@ def solve_d_min(kept, ranks_of, d_max):
 @dataclass(frozen=True)
 class Plan:
     """What Algorithm 1 decides for each layer."""
-
     log_kappa: list         # (ln kappa(Wk), ln kappa(Wv)): Eq. 10
     log_kappa_tilde: list   # ln kappa~_l: Eq. 12
     ranks: list             # (d_k, d_v): Eq. 13
@@ -181,13 +176,12 @@ class Plan:
         return sum(d_k + d_v for d_k, d_v in self.ranks) / (2 * len(self.ranks) * self.d_max)
 
 
-def compress(llama, moments=None, metrics=None, key_basis=None, **options):
+def compress(llama, moments=None, key_basis=None, **options):
     """Algorithm 1. Returns the Plan, and for each layer a pair of bases (keys, values) or None.
 
-    moments, metrics, key_basis: as in make_bases. options: those of make_plan, such as kept=0.6.
-    """
+    moments, key_basis: as in make_bases. options: those of make_plan, such as kept=0.6."""
     plan = make_plan(log_kappas(llama), llama.config.kv_width, **options)
-    return plan, make_bases(llama, plan.ranks, moments, metrics, key_basis)
+    return plan, make_bases(llama, plan.ranks, moments, key_basis)
 
 
 def make_plan(log_kappas, d_max, kept=0.6, d_min=None, threshold=math.inf, schedule="progressive",
@@ -213,24 +207,22 @@ def make_plan(log_kappas, d_max, kept=0.6, d_min=None, threshold=math.inf, sched
     return Plan(log_kappas, log_tilde, ranks_of(d_min), d_max)
 
 
-def make_bases(llama, ranks, moments=None, metrics=None, key_basis=None):
+def make_bases(llama, ranks, moments=None, key_basis=None):
     """Algorithm 1, lines 12-18: the bases (keys, values) of each layer, None where it is full.
 
-    moments: C of each layer's inputs; metrics: (M_k, M_v) of each layer; both None for the paper's
-    SVD. key_basis(layer, d_k, C) may replace `basis` for keys. Lines 15 and 19 of the algorithm are
-    omitted, because U cannot be folded into the weights [E4] [E5].
+    moments: C of each layer's inputs, None for the paper's SVD. key_basis(layer, d_k, C) may
+    replace `basis` for keys. Lines 15 and 19 are omitted: U cannot be folded into W [E4] [E5].
     """
-    L, bases = len(ranks), []
-    if any(not C.isfinite().all() for C in moments or []):
+    moments, bases = moments or [None] * len(ranks), []
+    if any(C is not None and not C.isfinite().all() for C in moments):
         raise ValueError("moments must be finite")
-    for layer, (d_k, d_v), C, (M_k, M_v) in zip(llama.layers, ranks, moments or [None] * L,
-                                                metrics or [(None, None)] * L, strict=True):
+    for layer, (d_k, d_v), C in zip(llama.layers, ranks, moments, strict=True):
         Wk, Wv = layer.attn.Wk.weight, layer.attn.Wv.weight
         if d_k == d_v == llama.config.kv_width:
             bases.append(None)
             continue
-        K = key_basis(layer, d_k, C) if key_basis else basis(Wk, d_k, C, M_k)      # lines 13, 14
-        bases.append((K, basis(Wv, d_v, C, M_v)))                                  # lines 16-18
+        K = key_basis(layer, d_k, C) if key_basis else basis(Wk, d_k, C)           # lines 13, 14
+        bases.append((K, basis(Wv, d_v, C)))                                       # lines 16-18
     return bases
 
 
@@ -241,22 +233,21 @@ def new_caches(llama, kind, capacity, bases=None, B=1, **options):
 
     kind: "full", "compressed" or "bibranch". A layer whose entry in `bases` is None has a full
     cache. options: those of cache.BiBranchCache (sinks, window, bits, simulate_decoding). Raises
-    ValueError for an unknown kind, missing bases, or a capacity beyond the model's context.
+    ValueError for an unknown kind or missing bases.
     """
     c, like = llama.config, llama.norm.weight
     if kind not in ("full", "compressed", "bibranch"):
         raise ValueError(f"kind must be 'full', 'compressed' or 'bibranch', not {kind!r}")
     if kind != "full" and (bases is None or len(bases) != len(llama.layers)):
         raise ValueError(f"a {kind} cache needs bases for each of the {len(llama.layers)} layers")
-    caches = []
-    for pair in bases or [None] * len(llama.layers):
+
+    def new_cache(pair):
         if kind == "full" or pair is None:
-            caches.append(FullCache(B, capacity, c.kv_heads, c.head_dim, like.dtype, like.device))
-        elif kind == "compressed":
-            caches.append(CompressedCache(B, capacity, *pair, c.head_dim))
-        else:
-            caches.append(BiBranchCache(B, capacity, *pair, c.head_dim, **options))
-    return caches
+            return FullCache(B, capacity, c.kv_heads, c.head_dim, like.dtype, like.device)
+        if kind == "compressed":
+            return CompressedCache(B, capacity, *pair, c.head_dim)
+        return BiBranchCache(B, capacity, *pair, c.head_dim, **options)
+    return [new_cache(pair) for pair in bases or [None] * len(llama.layers)]
 
 
 def full_cache_bytes(llama, capacity, B=1):
@@ -329,8 +320,7 @@ def calibrated_moments(llama, tokens, kind, sinks=4, context=1024, windows=32):
 
 
 def split_windows(tokens, context, windows, exact, title):
-    """The first windows of `context` tokens, those with more than `exact` tokens. Shows progress.
-    """
+    """The first windows of `context` tokens that have more than `exact`, with a progress bar."""
     found = [x for x in tokens[:windows * context].split(context) if len(x) > exact]
     if not found:
         raise ValueError(f"the text needs a window of more than {exact} tokens")
@@ -383,6 +373,10 @@ def fisher_factors(llama, tokens, sinks=4, window=32, context=1024, windows=32, 
         maps.append(eye.clone().requires_grad_())
     bases = [(Basis(eye, A_k), Basis(eye, A_v)) for A_k, A_v in zip(maps[::2], maps[1::2])]
     generator = torch.Generator(like.device).manual_seed(seed)
+<<<<<<< HEAD
+=======
+    recompute = partial(checkpoint, use_reentrant=False)   # activations, in the backward pass
+>>>>>>> main
     for x in split_windows(tokens, context, windows, sinks + window, "gradients of the loss"):
         caches = new_caches(llama, "bibranch", len(x), bases, sinks=sinks, window=window,
                             simulate_decoding=True)
@@ -395,11 +389,24 @@ def fisher_factors(llama, tokens, sinks=4, window=32, context=1024, windows=32, 
     return list(zip(factors[::2], factors[1::2]))
 
 
-def recompute(block, x, cache, rope):
-    """A layer whose activations are not kept but computed again in the backward pass."""
-    return checkpoint(block, x, cache, rope, use_reentrant=False)
+def kronecker_factors(G, rounds=3):
+    """C and M with E[G_ij G_kl] close to M_ik C_jl, from samples G (n, m, m) of a random matrix.
+
+    Each round improves the likelihood that G has if it is normally distributed: M = E[G C^-1 G^T]
+    / m, then C = E[G^T M^-1 G] / m. 1 % of their mean eigenvalue is added to both.
+    """
+    G, eye = G.double(), torch.eye(G.shape[-1]).to(G.device, torch.float64)
+
+    def regularized(S):
+        return S + 0.01 * S.trace() / len(S) * eye
+    C = eye
+    for _ in range(rounds):
+        M = regularized((G @ torch.linalg.solve(C, G.mT)).mean(0) / len(eye))
+        C = regularized((G.mT @ torch.linalg.solve(M, G)).mean(0) / len(eye))
+    return C, M
 
 
+<<<<<<< HEAD
 def kronecker_factors(G, rounds=3):
     """C and M with E[G_ij G_kl] close to M_ik C_jl, from samples G (n, m, m) of a random matrix.
 
@@ -420,6 +427,11 @@ def kronecker_factors(G, rounds=3):
 def sort_ranks(factors, kept):
     """(d_k, d_v) of each layer: the largest eigenvalues of all matrices, up to the fraction kept.
 
+=======
+def sort_ranks(factors, kept):
+    """(d_k, d_v) of each layer: the largest eigenvalues of all matrices, up to the fraction kept.
+
+>>>>>>> main
     All eigenvalues have the same unit, nats per token. They are sorted in steps of
     rank_multiple(d_max). Every matrix keeps at least one step. Raises ValueError if kept is less.
     """

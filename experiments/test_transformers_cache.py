@@ -460,6 +460,12 @@ def test_bases_are_saved_and_found_again_and_another_models_are_refused(real, sm
         LowRankCache.from_bases(hf, tmp_path / "nothing")
 
 
+def hooked(hf):
+    """hf, which has had a LowRankCache of its own."""
+    LowRankCache(hf, [None] * hf.config.num_hidden_layers)
+    return hf
+
+
 def used(hf, bases, ids):
     """A cache that holds ids (B, T)."""
     cache = LowRankCache(hf, bases)
@@ -470,6 +476,8 @@ def used(hf, bases, ids):
 @pytest.mark.parametrize("words, use", {
     "made for another model": lambda hf, bases, ids, small: forward(
         small, ids % 61, LowRankCache(hf, bases)),
+    "made for another model; make": lambda hf, bases, ids, small: forward(
+        hooked(small), ids % 61, LowRankCache(hf, bases)),
     "for another model; make one": lambda hf, bases, ids, small: LowRankCache(
         hf, bases).update(*torch.zeros(2, 1, 1, 1, 2), 0),
     "cache_implementation": lambda hf, bases, ids, small: generate(

@@ -76,8 +76,11 @@ class ModelRope(llama_model.Rope):
         self.rotary, self.cos, self.sin = rotary, torch.empty(0), torch.empty(0)
 
     def reserve(self, length, like):
-        """Make the tables long enough for positions 0 .. length-1, with like's dtype and device."""
-        if length > len(self.cos) or self.cos.dtype != like.dtype or self.cos.device != like.device:
+        """Make the tables long enough for positions 0 .. length-1, with like's dtype and device.
+
+        These do not change: a LowRankLayer refuses keys of another dtype or device.
+        """
+        if length > len(self.cos):
             positions = torch.arange(max(length, 2 * len(self.cos), 1024), device=like.device)
             cos, sin = (table[0, :, None] for table in self.rotary(like, positions[None]))
             half = cos.shape[-1] // 2
@@ -429,10 +432,6 @@ class LowRankCache(Cache):
 
     def batch_repeat_interleave(self, repeats):
         self.reorder_cache(torch.arange(len(self.batch.start)).repeat_interleave(repeats))
-
-    @property
-    def is_croppable(self) -> bool:
-        return False
 
     def crop(self, tokens_to_remove):
         """Raises ValueError, because compression cannot be undone."""

@@ -109,11 +109,13 @@ def main():
     transformers.logging.set_verbosity_error()
     shape = (SHAPES | {"tiny": TINY})[args.shape]
     hf = random_model(shape, getattr(torch, args.dtype), args.device)
-    bases = random_bases(as_llama(hf), args.kept, commuting=False)
+    width = shape["kv_heads"] * shape["head_dim"]
+    kept = 8 * round(args.kept * width / 8) / width            # ranks that are multiples of 8
+    bases = random_bases(as_llama(hf), kept, commuting=False)
     ids = torch.randint(9, shape["vocab"], (args.batch, args.prompt), device=args.device)
     result = provenance(args.device, args.commit) | {
         "transformers": transformers.__version__, "batch": args.batch, "prompt": args.prompt,
-        "new": args.new, "kept": args.kept, "dtype": args.dtype,
+        "new": args.new, "kept": kept, "dtype": args.dtype,
         "weights_bytes": sum(p.nbytes for p in hf.parameters()), "rows": {}}
     for name in args.caches:
         measure(hf, bases, CACHES[name], ids[:, :64], 8)

@@ -184,8 +184,8 @@ def test_calibrating_a_model_that_overflows_ends_with_one_line(basis, tmp_path, 
 def test_gradients_that_overflow_end_with_one_line(folder, capsys, monkeypatch):
     """Metrics with NaN reach the eigenvalues, which cannot be computed."""
     def metrics(llama, *args):
-        return [(torch.full((16, 16), torch.nan),) * 2] * 4
-    monkeypatch.setattr(lorc, "loss_metrics", metrics)
+        return [((torch.full((16, 16), torch.nan),) * 2,) * 2] * 4
+    monkeypatch.setattr(lorc, "fisher_factors", metrics)
     status, out, err = cli(capsys, "--model", folder, "--plan", "--calibrate", folder / "text")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "the gradients of the loss overflow in float32" in err
