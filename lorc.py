@@ -57,17 +57,23 @@ def svd_factors(W, d_c):
 
 
 def spectrum(W, C=None, M=None):
-    """Eigenvalues (m,), falling, and eigenvectors (m, m) of R^T W C W^T R with M = R R^T; W (m, n).
+    """Eigenvalues (m,), falling, and eigenvectors (m, m) of M^1/2 W C W^T M^1/2, for W (m, n).
 
     C is the second moment E[x x^T] of the inputs: (n, n), or (n,) if diagonal. M (m, m) weights the
     error. None means the identity. With neither, the eigenvalues are sigma^2 and the eigenvectors
     U of W = U Sigma V^T, so this is the SVD, computed from a small Gram matrix. float64 is needed
     because the Gram matrix has the square of W's condition number.
     """
-    W = W.double() if M is None else torch.linalg.cholesky(M.double()).T @ W.double()
+    W = W.double() if M is None else square_root(M)[0] @ W.double()
     WC = W if C is None else W * C.double() if C.dim() == 1 else W @ C.double()
     lam, U = torch.linalg.eigh(WC @ W.T)
     return lam.flip(0).clamp(min=0), U.flip(1)
+
+
+def square_root(M):
+    """M^1/2 and M^-1/2 of a positive definite matrix, in float64."""
+    lam, Q = torch.linalg.eigh(M.double())
+    return (Q * lam.sqrt()) @ Q.T, (Q * lam.rsqrt()) @ Q.T
 
 
 def basis(W, d_c, C=None, M=None):
@@ -78,8 +84,8 @@ def basis(W, d_c, C=None, M=None):
     U = spectrum(W, C, M)[1][:, :d_c]
     down, up = U.T, U
     if M is not None:
-        R = torch.linalg.cholesky(M.double())
-        down, up = U.T @ R.T, torch.linalg.solve_triangular(R.T, U, upper=True)
+        root, inverse = square_root(M)
+        down, up = U.T @ root, inverse @ U
     return Basis(down.to(W.dtype).contiguous(), up.to(W.dtype).contiguous())
 
 
@@ -373,10 +379,7 @@ def fisher_factors(llama, tokens, sinks=4, window=32, context=1024, windows=32, 
         maps.append(eye.clone().requires_grad_())
     bases = [(Basis(eye, A_k), Basis(eye, A_v)) for A_k, A_v in zip(maps[::2], maps[1::2])]
     generator = torch.Generator(like.device).manual_seed(seed)
-<<<<<<< HEAD
-=======
     recompute = partial(checkpoint, use_reentrant=False)   # activations, in the backward pass
->>>>>>> main
     for x in split_windows(tokens, context, windows, sinks + window, "gradients of the loss"):
         caches = new_caches(llama, "bibranch", len(x), bases, sinks=sinks, window=window,
                             simulate_decoding=True)
@@ -406,32 +409,9 @@ def kronecker_factors(G, rounds=3):
     return C, M
 
 
-<<<<<<< HEAD
-def kronecker_factors(G, rounds=3):
-    """C and M with E[G_ij G_kl] close to M_ik C_jl, from samples G (n, m, m) of a random matrix.
-
-    Each round improves the likelihood that G has if it is normally distributed: M = E[G C^-1 G^T]
-    / m, then C = E[G^T M^-1 G] / m. 1 % of their mean eigenvalue is added to both.
-    """
-    G, eye = G.double(), torch.eye(G.shape[-1]).to(G.device, torch.float64)
-
-    def regularized(S):
-        return S + 0.01 * S.trace() / len(S) * eye
-    C = eye
-    for _ in range(rounds):
-        M = regularized((G @ torch.linalg.solve(C, G.mT)).mean(0) / len(eye))
-        C = regularized((G.mT @ torch.linalg.solve(M, G)).mean(0) / len(eye))
-    return C, M
-
-
 def sort_ranks(factors, kept):
     """(d_k, d_v) of each layer: the largest eigenvalues of all matrices, up to the fraction kept.
 
-=======
-def sort_ranks(factors, kept):
-    """(d_k, d_v) of each layer: the largest eigenvalues of all matrices, up to the fraction kept.
-
->>>>>>> main
     All eigenvalues have the same unit, nats per token. They are sorted in steps of
     rank_multiple(d_max). Every matrix keeps at least one step. Raises ValueError if kept is less.
     """

@@ -60,14 +60,6 @@ def query_metrics(llama, moments):
     return metrics
 
 
-<<<<<<< HEAD
-=======
-def loss_ranks(study, kept):
-    """(d_k, d_v) of each layer: one sort in the loss metric."""
-    return study.for_loss(kept)[0]
-
-
->>>>>>> main
 def measure(study):
     rows = [study.full()]
     for kept in KEPT:

@@ -39,11 +39,7 @@ from cache import GROUP, Basis, BiBranchCache, affine_codes        # noqa: E402
 from record import provenance                                      # noqa: E402
 
 CALIBRATION = 2**15       # tokens of --calibrate that second moments of inputs are taken over
-<<<<<<< HEAD
 LOSS_TOKENS = 2**17       # tokens of --calibrate that the metric of the loss is measured on
-=======
-LOSS_TOKENS = 2**16      # tokens that the loss metric is measured on
->>>>>>> main
 AT_ONCE = {"cuda": 2**14}   # tokens of windows that are scored in one batch; elsewhere one window
 SINKS = 4                 # positions of each window that neither of them uses
 
@@ -138,7 +134,6 @@ class Study:
                                        basis, SINKS, self.context, self.windows(tokens))
 
     @functools.cache
-<<<<<<< HEAD
     def fisher_factors(self):
         """(C, M) of the keys and of the values of each layer, in the metric of the loss."""
         return lorc.fisher_factors(self.llama, self.calibration, sinks=SINKS,
@@ -148,23 +143,6 @@ class Study:
     def loss_ranks(self, kept):
         """(d_k, d_v) of each layer by one sort in the metric of the loss."""
         return lorc.sort_ranks(self.fisher_factors(), kept)
-=======
-    def factors(self):
-        """(S, M) of keys and values in each layer, for the loss metric: lorc.fisher_factors."""
-        return lorc.fisher_factors(self.llama, self.calibration, sinks=SINKS, context=self.context,
-                                 windows=self.windows(LOSS_TOKENS))
-
-    @functools.cache
-    def for_loss(self, kept):
-        """Ranks by one sort in the loss metric, as (d_k, d_v) of each layer, and their bases.
-
-        This is lorc.compress_for_loss; the factors are measured once for all values of `kept`.
-        """
-        factors = self.factors()
-        with patch("lorc.fisher_factors", lambda *args, **options: factors):
-            plan, bases = lorc.compress_for_loss(self.llama, self.calibration, kept)
-        return plan.ranks, bases
->>>>>>> main
 
     @functools.cache
     def spectra(self, basis):
@@ -192,25 +170,15 @@ class Study:
     def full_rank(self, basis):
         """Bases of full rank for keys and values in each layer, from which lower ranks are cut.
 
-<<<<<<< HEAD
         `identity` stores keys and values as they are; `query` is the metric of metric.py.
-=======
-        `identity` stores keys and values as they are. `query` is the metric of metric.py.
->>>>>>> main
         """
         eye = torch.eye(self.config.kv_width).to(self.weights[0][0])
         if basis == "identity":
             return [(Basis(eye, eye),) * 2] * self.config.layers
         if basis == "loss":
-<<<<<<< HEAD
             return [[lorc.basis(eye, len(eye), *factors) for factors in pair]
                     for pair in self.fisher_factors()]
         moments, metrics = self.moments(basis), [(None, None)] * self.config.layers
-=======
-            return [[lorc.basis(torch.eye(len(S)).to(W), len(S), S, M)
-                     for W, (S, M) in zip(pair, factors)]
-                    for pair, factors in zip(self.weights, self.factors())]
->>>>>>> main
         if basis == "query":
             from metric import query_metrics        # here, because metric.py imports this module
             metrics = query_metrics(self.llama, moments)
