@@ -544,7 +544,7 @@ def test_moments_are_those_of_the_inputs_after_the_sinks(small):
 
 
 def test_a_layer_gets_the_bases_for_its_own_moments(small):
-    """make_bases: C of the layer's inputs, for its keys and its values. Kills: another layer's C."""
+    """make_bases: C of the layer, for its keys and its values. Kills: the C of another layer."""
     g = torch.Generator().manual_seed(0)
     A = torch.randn(2, 32, 32, generator=g, dtype=torch.float64)
     moments = list(A @ A.mT)                                     # positive definite, for each layer

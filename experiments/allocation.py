@@ -9,11 +9,11 @@
                           ln kappa (Eq. 10) instead of its sum over the later layers
     Fisher                Palu (arXiv 2407.21118): in proportion to the root mean square gradient of
                           each matrix
-    loss, one sort        the largest eigenvalues of all matrices in the loss metric
+    loss, one sort        the largest eigenvalues of all matrices in the metric of the loss
 
 Each allocation is measured with three bases: LoRC's SVD in the cache of the paper, where every
-token is compressed; and the calibrated basis and the loss metric (one pass) in a bi-branch cache (4
-sinks, a window of 32). An allocation that cannot keep the fraction is left out: Eq. 13 keeps at
+token is compressed; and the calibrated basis and that of the loss in a bi-branch cache (4 sinks, a
+window of 32). An allocation that cannot keep the fraction is left out: Eq. 13 keeps at
 least about half.
 
     python experiments/allocation.py --model PATH --text FILE --calibrate OTHER_FILE
@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 
 import study as shared
-from metric import loss_ranks
 from study import lorc, model
 
 KEPT = (0.4, 0.6)
@@ -96,7 +95,7 @@ def allocations(study, kept, information):
             "first eighth full": lambda: study.plan(kept, skip=eighth),
             "own kappa": lambda: by_own_kappa(study, kept, eighth),
             "Fisher": lambda: by_fisher(study, kept, information),
-            "loss, one sort": lambda: loss_ranks(study, kept)}
+            "loss, one sort": lambda: study.loss_ranks(kept)}
 
 
 def measure(study):

@@ -4,7 +4,7 @@
     LoRC, Eq. 13          SVD, as printed                                       compressed
     LoRC, uniform         SVD, one rank for all layers                          compressed
     calibrated            E[x x^T], one rank for all layers                     bi-branch
-    loss metric           E[x x^T] and E[g g^T], ranks by one sort, two passes  bi-branch
+    loss metric           lorc.fisher_factors, ranks by one sort                bi-branch
     trained               distill.py, results/distill-*.json                    bi-branch
     quantization alone    none: keys and values as they are                     bi-branch
 

@@ -39,7 +39,7 @@ from cache import GROUP, Basis, BiBranchCache, affine_codes        # noqa: E402
 from record import provenance                                      # noqa: E402
 
 CALIBRATION = 2**15       # tokens of --calibrate that second moments of inputs are taken over
-LOSS_TOKENS = 2**16      # tokens that the loss metric is measured on
+LOSS_TOKENS = 2**17       # tokens of --calibrate that the metric of the loss is measured on
 AT_ONCE = {"cuda": 2**14}   # tokens of windows that are scored in one batch; elsewhere one window
 SINKS = 4                 # positions of each window that neither of them uses
 
@@ -125,25 +125,24 @@ class Study:
             return [None] * self.config.layers
         if basis == "norm":
             return lorc.norm_moments(self.llama)
+        if basis == "query":
+            return self.moments("whitened")
+        tokens = CALIBRATION
+        if basis == "whitened, more text":
+            basis, tokens = "whitened", LOSS_TOKENS
         return lorc.calibrated_moments(self.llama, self.text if held_out else self.calibration,
-                                       basis, SINKS, self.context, self.windows(CALIBRATION))
+                                       basis, SINKS, self.context, self.windows(tokens))
 
     @functools.cache
-    def factors(self):
-        """(S, M) of keys and values in each layer, for the loss metric: lorc.fisher_factors."""
-        return lorc.fisher_factors(self.llama, self.calibration, sinks=SINKS, context=self.context,
-                                 windows=self.windows(LOSS_TOKENS))
+    def fisher_factors(self):
+        """(C, M) of the keys and of the values of each layer, in the metric of the loss."""
+        return lorc.fisher_factors(self.llama, self.calibration, sinks=SINKS,
+                                   context=self.context, windows=self.windows(LOSS_TOKENS))
 
     @functools.cache
-    def for_loss(self, kept):
-        """Ranks by one sort in the loss metric, as (d_k, d_v) of each layer, and their bases.
-
-        This is lorc.compress_for_loss; the factors are measured once for all values of `kept`.
-        """
-        factors = self.factors()
-        with patch("lorc.fisher_factors", lambda *args, **options: factors):
-            plan, bases = lorc.compress_for_loss(self.llama, self.calibration, kept)
-        return plan.ranks, bases
+    def loss_ranks(self, kept):
+        """(d_k, d_v) of each layer by one sort in the metric of the loss."""
+        return lorc.sort_ranks(self.fisher_factors(), kept)
 
     @functools.cache
     def spectra(self, basis):
@@ -171,21 +170,18 @@ class Study:
     def full_rank(self, basis):
         """Bases of full rank for keys and values in each layer, from which lower ranks are cut.
 
-        `identity` stores keys and values as they are. `query` is the metric of metric.py.
+        `identity` stores keys and values as they are; `query` is the metric of metric.py.
         """
+        eye = torch.eye(self.config.kv_width).to(self.weights[0][0])
         if basis == "identity":
-            eye = torch.eye(self.config.kv_width).to(self.weights[0][0])
             return [(Basis(eye, eye),) * 2] * self.config.layers
         if basis == "loss":
-            return [[lorc.basis(torch.eye(len(S)).to(W), len(S), S, M)
-                     for W, (S, M) in zip(pair, factors)]
-                    for pair, factors in zip(self.weights, self.factors())]
+            return [[lorc.basis(eye, len(eye), *factors) for factors in pair]
+                    for pair in self.fisher_factors()]
+        moments, metrics = self.moments(basis), [(None, None)] * self.config.layers
         if basis == "query":
             from metric import query_metrics        # here, because metric.py imports this module
-            moments = self.moments("whitened")
             metrics = query_metrics(self.llama, moments)
-        else:
-            moments, metrics = self.moments(basis), [(None, None)] * self.config.layers
         return [[lorc.basis(W, len(W), C, M) for W, M in zip(pair, Ms)]
                 for pair, C, Ms in zip(self.weights, moments, metrics)]
 
@@ -213,12 +209,10 @@ class Study:
                 for layer, (d_k, d_v) in enumerate(ranks)]
 
     def compressed(self, kept, basis, ranks=None, **plan):
-        """Ranks and bases. ranks: these instead of the plan's.
-
-        `loss, sorted` has its own ranks. Its metric is measured with 4 sinks and a window of 32.
+        """Ranks and bases. ranks: these instead of the plan's. `loss, sorted` brings its own ranks.
         """
         if basis == "loss, sorted":
-            return self.for_loss(kept)
+            ranks, basis = self.loss_ranks(kept), "loss"
         ranks = ranks or self.plan(kept, **plan)
         return ranks, self.bases(ranks, basis)
 

@@ -181,18 +181,18 @@ def test_a_result_names_the_command_of_its_own_script():
     assert shared.own_command(said, "front") == "python experiments/front.py --text a --tokens 64"
 
 
-def test_the_shared_factors_give_the_bases_of_compress_for_loss(monkeypatch):
-    """Study.for_loss after another `kept`, against lorc.compress_for_loss."""
+def test_the_shared_factors_give_the_bases_of_compress_for_loss():
+    """Study's bases for two budgets against lorc.compress_for_loss for each."""
     text = str(TINY / "README.md")
     args = shared.command_line("", False).parse_args(
         ["--text", text, "--calibrate", text, "--tokens", "64", "--device", "cpu"])
-    monkeypatch.setattr(shared, "LOSS_TOKENS", 1024)
     study = shared.Study(args)
-    study.for_loss(0.5)
-    ranks, bases = study.for_loss(0.3)
-    plan, want = lorc.compress_for_loss(study.llama, study.calibration, 0.3,
-                                        context=study.context, windows=2)
-    assert ranks == plan.ranks
-    for pair, other in zip(bases, want):
-        assert all(torch.equal(a.down, b.down) and torch.equal(a.up, b.up)
-                   for a, b in zip(pair, other))
+    study.calibration = study.calibration[:900]
+    for kept in (0.5, 0.3):
+        ranks, bases = study.compressed(kept, "loss, sorted")
+        plan, want = lorc.compress_for_loss(study.llama, study.calibration, kept,
+                                            context=study.context, windows=2)
+        assert ranks == plan.ranks
+        for pair, other in zip(bases, want):
+            assert all(torch.allclose(a.down, b.down, atol=1e-6)
+                       and torch.allclose(a.up, b.up, atol=1e-6) for a, b in zip(pair, other))
