@@ -32,6 +32,7 @@ if __name__ == "__main__":
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -79,8 +80,7 @@ def basis(W, d_c, C=None, M=None):
     """The map of rank d_c with the least expected error E (y - y~)^T M (y - y~) of y = W x.
 
     Without C and M this is LoRC's SVD: down = U^T, up = U, and the latent U^T (W x) equals
-    (Sigma V^T) x [E1]. theory.expected_error has the proof.
-    """
+    (Sigma V^T) x [E1]. theory.expected_error has the proof."""
     U = spectrum(W, C, M)[1][:, :d_c]
     down, up = U.T, U
     if M is not None:
@@ -119,8 +119,7 @@ def log_kappa_tilde(log_kappas):
 def compressed_dimension(log_tilde, d_max, d_min, schedule="progressive"):
     """d_c of each layer as a real number: Eq. 13. It never grows with depth, since kappa >= 1 [E9].
 
-    The schedule "uniform", the paper's baseline, gives d_min to every layer.
-    """
+    The schedule "uniform", the paper's baseline, gives d_min to every layer."""
     if schedule == "uniform":
         return [float(d_min)] * len(log_tilde)
     lowest, highest = min(log_tilde), max(log_tilde)
@@ -134,8 +133,7 @@ def round_ranks(d_c, full, d_max, split=0.0, pairs=False):
     """Integer ranks (d_k, d_v) of each layer, from the real d_c of Eq. 13 [E9].
 
     full: whether each layer is left uncompressed. split * d_max is moved from keys to values.
-    Ranks are multiples of rank_multiple(d_max), and d_k is even if `pairs`.
-    """
+    Ranks are multiples of rank_multiple(d_max), and d_k is even if `pairs`."""
     def nearest(x, multiple):
         return min(d_max, multiple * max(1, round(x / multiple)))
     step = rank_multiple(d_max)
@@ -153,9 +151,7 @@ def rank_multiple(d_max):
 def solve_d_min(kept, ranks_of, d_max):
     """The d_min for which ranks_of(d_min) keeps the fraction `kept`, found by bisection.
 
-    ranks_of: d_min -> [(d_k, d_v)] of each layer. Raises ValueError if no d_min in [1, d_max] is
-    within half a rounding step.
-    """
+    ranks_of: d_min -> [(d_k, d_v)]. Raises UserError if no d_min in [1, d_max] comes close."""
     def fraction(d_min):
         ranks = ranks_of(d_min)
         return sum(d_k + d_v for d_k, d_v in ranks) / (2 * len(ranks) * d_max)
@@ -175,7 +171,6 @@ def solve_d_min(kept, ranks_of, d_max):
 @dataclass(frozen=True)
 class Plan:
     """What Algorithm 1 decides for each layer."""
-
     log_kappa: list         # (ln kappa(Wk), ln kappa(Wv)): Eq. 10
     log_kappa_tilde: list   # ln kappa~_l: Eq. 12
     ranks: list             # (d_k, d_v): Eq. 13
@@ -187,13 +182,12 @@ class Plan:
         return sum(d_k + d_v for d_k, d_v in self.ranks) / (2 * len(self.ranks) * self.d_max)
 
 
-def compress(llama, moments=None, metrics=None, key_basis=None, **options):
+def compress(llama, moments=None, key_basis=None, **options):
     """Algorithm 1. Returns the Plan, and for each layer a pair of bases (keys, values) or None.
 
-    moments, metrics, key_basis: as in make_bases. options: those of make_plan, such as kept=0.6.
-    """
+    moments, key_basis: as in make_bases. options: those of make_plan, such as kept=0.6."""
     plan = make_plan(log_kappas(llama), llama.config.kv_width, **options)
-    return plan, make_bases(llama, plan.ranks, moments, metrics, key_basis)
+    return plan, make_bases(llama, plan.ranks, moments, key_basis)
 
 
 def make_plan(log_kappas, d_max, kept=0.6, d_min=None, threshold=math.inf, schedule="progressive",
@@ -219,24 +213,22 @@ def make_plan(log_kappas, d_max, kept=0.6, d_min=None, threshold=math.inf, sched
     return Plan(log_kappas, log_tilde, ranks_of(d_min), d_max)
 
 
-def make_bases(llama, ranks, moments=None, metrics=None, key_basis=None):
+def make_bases(llama, ranks, moments=None, key_basis=None):
     """Algorithm 1, lines 12-18: the bases (keys, values) of each layer, None where it is full.
 
-    moments: C of each layer's inputs; metrics: (M_k, M_v) of each layer; both None for the paper's
-    SVD. key_basis(layer, d_k, C) may replace `basis` for keys. Lines 15 and 19 of the algorithm are
-    omitted, because U cannot be folded into the weights [E4] [E5].
+    moments: C of each layer's inputs, None for the paper's SVD. key_basis(layer, d_k, C) may
+    replace `basis` for keys. Lines 15 and 19 are omitted: U cannot be folded into W [E4] [E5].
     """
-    L, bases = len(ranks), []
-    if any(not C.isfinite().all() for C in moments or []):
+    moments, bases = moments or [None] * len(ranks), []
+    if any(C is not None and not C.isfinite().all() for C in moments):
         raise ValueError("moments must be finite")
-    for layer, (d_k, d_v), C, (M_k, M_v) in zip(llama.layers, ranks, moments or [None] * L,
-                                                metrics or [(None, None)] * L, strict=True):
+    for layer, (d_k, d_v), C in zip(llama.layers, ranks, moments, strict=True):
         Wk, Wv = layer.attn.Wk.weight, layer.attn.Wv.weight
         if d_k == d_v == llama.config.kv_width:
             bases.append(None)
             continue
-        K = key_basis(layer, d_k, C) if key_basis else basis(Wk, d_k, C, M_k)      # lines 13, 14
-        bases.append((K, basis(Wv, d_v, C, M_v)))                                  # lines 16-18
+        K = key_basis(layer, d_k, C) if key_basis else basis(Wk, d_k, C)           # lines 13, 14
+        bases.append((K, basis(Wv, d_v, C)))                                       # lines 16-18
     return bases
 
 
@@ -247,22 +239,21 @@ def new_caches(llama, kind, capacity, bases=None, B=1, **options):
 
     kind: "full", "compressed" or "bibranch". A layer whose entry in `bases` is None has a full
     cache. options: those of cache.BiBranchCache (sinks, window, bits, simulate_decoding). Raises
-    ValueError for an unknown kind, missing bases, or a capacity beyond the model's context.
+    ValueError for an unknown kind or missing bases.
     """
     c, like = llama.config, llama.norm.weight
     if kind not in ("full", "compressed", "bibranch"):
         raise ValueError(f"kind must be 'full', 'compressed' or 'bibranch', not {kind!r}")
     if kind != "full" and (bases is None or len(bases) != len(llama.layers)):
         raise ValueError(f"a {kind} cache needs bases for each of the {len(llama.layers)} layers")
-    caches = []
-    for pair in bases or [None] * len(llama.layers):
+
+    def new_cache(pair):
         if kind == "full" or pair is None:
-            caches.append(FullCache(B, capacity, c.kv_heads, c.head_dim, like.dtype, like.device))
-        elif kind == "compressed":
-            caches.append(CompressedCache(B, capacity, *pair, c.head_dim))
-        else:
-            caches.append(BiBranchCache(B, capacity, *pair, c.head_dim, **options))
-    return caches
+            return FullCache(B, capacity, c.kv_heads, c.head_dim, like.dtype, like.device)
+        if kind == "compressed":
+            return CompressedCache(B, capacity, *pair, c.head_dim)
+        return BiBranchCache(B, capacity, *pair, c.head_dim, **options)
+    return [new_cache(pair) for pair in bases or [None] * len(llama.layers)]
 
 
 def full_cache_bytes(llama, capacity, B=1):
@@ -335,8 +326,7 @@ def calibrated_moments(llama, tokens, kind, sinks=4, context=1024, windows=32):
 
 
 def split_windows(tokens, context, windows, exact, title):
-    """The first windows of `context` tokens, those with more than `exact` tokens. Shows progress.
-    """
+    """The first windows of `context` tokens that have more than `exact`, with a progress bar."""
     found = [x for x in tokens[:windows * context].split(context) if len(x) > exact]
     if not found:
         raise ValueError(f"the text needs a window of more than {exact} tokens")
@@ -359,85 +349,80 @@ def observe_projections(llama, observe):
 
 # Beyond both papers: bases and ranks in the metric of the loss ------------------------------------
 
-def compress_for_loss(llama, tokens, kept=0.4, sinks=4, window=32, context=1024, windows=(32, 16),
+def compress_for_loss(llama, tokens, kept=0.4, sinks=4, window=32, context=1024, windows=32,
                       seed=0):
-    """The bases and ranks that cost the model the least likelihood. Returns (Plan, bases).
+    """The bases and ranks that change the model's predictions least. Returns (Plan, bases).
 
-    tokens (N,) are read in windows of `context` tokens: windows[0] of them on the uncompressed
-    model, then windows[1] with the bases found so far, and so on for more passes.
+    tokens (N,): text, of which at most `windows` windows of `context` tokens are used.
     """
-    moments = calibrated_moments(llama, tokens, "whitened", sinks, context, windows[0])
-    bases = None
-    for i, n in enumerate(windows):
-        metrics = loss_metrics(llama, tokens, bases, sinks, window, context, n, seed + i)
-        ranks = sort_ranks(llama, kept, moments, metrics)
-        bases = make_bases(llama, ranks, moments, metrics)
+    factors = fisher_factors(llama, tokens, sinks, window, context, windows, seed)
+    ranks, eye = sort_ranks(factors, kept), torch.eye(llama.config.kv_width)
+    eye, bases = eye.to(llama.norm.weight), []
+    for (d_k, d_v), (K, V) in zip(ranks, factors):
+        full = d_k == d_v == len(eye)
+        bases.append(None if full else (basis(eye, d_k, *K), basis(eye, d_v, *V)))
     kappas = log_kappas(llama)
-    return Plan(kappas, log_kappa_tilde(kappas), ranks, llama.config.kv_width), bases
+    return Plan(kappas, log_kappa_tilde(kappas), ranks, len(eye)), bases
 
 
-def sort_ranks(llama, kept, moments, metrics):
-    """(d_k, d_v) of each layer: the largest eigenvalues of all matrices, up to the fraction kept.
+def fisher_factors(llama, tokens, sinks=4, window=32, context=1024, windows=32, seed=0):
+    """For the keys and for the values of each layer, the factors (C, M) of the Fisher information.
 
-    In the metric of the loss all eigenvalues have the same unit, nats per token. They are sorted in
-    steps of rank_multiple(d_max), and every matrix keeps at least one step.
+    Let the cache return A k for each key k (or value) that it stores compressed. The second moment
+    of the gradient G of the loss with respect to A, at A = I, is the Fisher information if labels
+    are drawn from the model: it moves by about E[tr(G^T (A - I))^2] / 2 nats. One text window gives
+    one G, (G*d, G*d). Memory: the weights, the activations of one layer, and all G on the CPU.
     """
-    step = rank_multiple(llama.config.kv_width)
-    spectra = [spectrum(W.weight, C, M)[0] for layer, C, pair in zip(llama.layers, moments, metrics)
-               for W, M in zip((layer.attn.Wk, layer.attn.Wv), pair)]
-    worth = torch.stack(spectra).unflatten(1, (-1, step)).sum(-1)              # (2*L, d_max/step)
-    worth[:, 0] = math.inf
-    chosen = worth.flatten().argsort(descending=True)[:max(len(worth), round(kept * worth.numel()))]
-    counts = (chosen // worth.shape[1]).bincount(minlength=len(worth)) * step
-    return list(zip(counts[::2].tolist(), counts[1::2].tolist()))
-
-
-def loss_metrics(llama, tokens, bases=None, sinks=4, window=32, context=1024, windows=32, seed=0):
-    """(M_k, M_v) of each layer, each E[g g^T] (G*d, G*d) in float32, measured on tokens (N,).
-
-    g is the gradient of the loss with respect to a key before rotation, or a value, through the
-    queries that read it from the low-rank part of a bi-branch cache with these bases (None: not
-    compressed). Labels are drawn from the model: M is then the Fisher information, and an error e
-    moves the model by about e^T M e / 2 nats. 1 % of the mean eigenvalue is added to the diagonal.
-    Memory: the weights, the activations of one layer and window, and all M.
-    """
-    c, like = llama.config, llama.norm.weight
-    eye = torch.eye(c.kv_width, dtype=like.dtype, device=like.device)
-    recording = [[RecordingBasis(b, window) for b in pair or (Basis(eye, eye), Basis(eye, eye))]
-                 for pair in bases or [None] * len(llama.layers)]
-    generator, count = torch.Generator(like.device).manual_seed(seed), 0
-    for x in split_windows(tokens, context, windows, sinks + window, "loss metric"):
-        caches = new_caches(llama, "bibranch", len(x), recording, sinks=sinks, window=window,
+    like, maps, gradients = llama.norm.weight, [], []
+    eye = torch.eye(llama.config.kv_width).to(like)
+    for _ in range(2 * len(llama.layers)):                         # k, v, k, v, ... of all layers
+        maps.append(eye.clone().requires_grad_())
+    bases = [(Basis(eye, A_k), Basis(eye, A_v)) for A_k, A_v in zip(maps[::2], maps[1::2])]
+    generator = torch.Generator(like.device).manual_seed(seed)
+    recompute = partial(checkpoint, use_reentrant=False)   # activations, in the backward pass
+    for x in split_windows(tokens, context, windows, sinks + window, "gradients of the loss"):
+        caches = new_caches(llama, "bibranch", len(x), bases, sinks=sinks, window=window,
                             simulate_decoding=True)
         with torch.enable_grad():
             logits = llama.head(llama.hidden(x[None], caches, recompute)[0]).float()       # (T, V)
             labels = logits.detach().softmax(-1).multinomial(1, generator=generator)[:, 0]
-            F.cross_entropy(logits, labels, reduction="sum").backward()
-        count += len(x) - sinks - window
-    metrics = [[b.total / count for b in pair] for pair in recording]
-    return [tuple(M + 0.01 * M.trace() / len(M) * eye.float() for M in pair) for pair in metrics]
+            loss = F.cross_entropy(logits, labels, reduction="sum") / len(x) ** 0.5
+        gradients.append([G.cpu() for G in torch.autograd.grad(loss, maps)])
+    factors = [kronecker_factors(torch.stack(G).to(like.device)) for G in zip(*gradients)]
+    return list(zip(factors[::2], factors[1::2]))
 
 
-def recompute(block, x, cache, rope):
-    """A layer whose activations are not kept but computed again in the backward pass."""
-    return checkpoint(block, x, cache, rope, use_reentrant=False)
+def kronecker_factors(G, rounds=3):
+    """C and M with E[G_ij G_kl] close to M_ik C_jl, from samples G (n, m, m) of a random matrix.
+
+    Each round improves the likelihood that G has if it is normally distributed: M = E[G C^-1 G^T]
+    / m, then C = E[G^T M^-1 G] / m. 1 % of their mean eigenvalue is added to both.
+    """
+    G, eye = G.double(), torch.eye(G.shape[-1]).to(G.device, torch.float64)
+
+    def regularized(S):
+        return S + 0.01 * S.trace() / len(S) * eye
+    C = eye
+    for _ in range(rounds):
+        M = regularized((G @ torch.linalg.solve(C, G.mT)).mean(0) / len(eye))
+        C = regularized((G.mT @ torch.linalg.solve(M, G)).mean(0) / len(eye))
+    return C, M
 
 
-class RecordingBasis(Basis):
-    """A basis that adds up g g^T of the gradients g of all keys or values that it reconstructs."""
+def sort_ranks(factors, kept):
+    """(d_k, d_v) of each layer: the largest eigenvalues of all matrices, up to the fraction kept.
 
-    def __init__(self, basis, window):
-        super().__init__(basis.down, basis.up)
-        self.window, self.total = window, torch.zeros_like(basis.up @ basis.down, dtype=torch.float)
-
-    def reconstruct(self, c, d):
-        x = super().reconstruct(c, d).requires_grad_()                             # (B, T, G, d)
-        x.register_hook(self.add)
-        return x
-
-    def add(self, g):
-        """Gradients with |g|^2 above the mean are clipped to it: few tokens would dominate M."""
-        g = g[:, :g.shape[1] - self.window].flatten(2).flatten(0, 1).float()       # (B*T, G*d)
-        squares = g.square().sum(-1, keepdim=True)
-        g = g * (squares.mean() / squares).nan_to_num(0).clamp(max=1).sqrt()
-        self.total += g.T @ g
+    All eigenvalues have the same unit, nats per token. They are sorted in steps of
+    rank_multiple(d_max). Every matrix keeps at least one step. Raises ValueError if kept is less.
+    """
+    eye = torch.eye(len(factors[0][0][0])).to(factors[0][0][0])
+    spectra = torch.stack([spectrum(eye, C, M)[0] for pair in factors for C, M in pair])
+    step = rank_multiple(len(eye))
+    worth = spectra.unflatten(1, (-1, step)).sum(-1)                           # (2*L, d_max/step)
+    worth[:, 0] = math.inf
+    count = round(kept * worth.numel())
+    if count < len(worth):
+        raise UserError(f"kept {kept:g} cannot be reached; it can be {step / len(eye):.3g} to 1")
+    chosen = worth.flatten().argsort(descending=True)[:count] // worth.shape[1]
+    ranks = chosen.bincount(minlength=len(worth)) * step
+    return list(zip(ranks[::2].tolist(), ranks[1::2].tolist()))

@@ -541,19 +541,15 @@ def test_moments_are_those_of_the_inputs_after_the_sinks(small):
         assert torch.equal(gamma2, norm.weight**2)
 
 
-def test_a_layer_gets_the_bases_for_its_own_moments_and_metrics(small):
-    """make_bases: C of the layer, M_k for keys, M_v for values. Kills: another layer's C; M_v for
-    keys."""
+def test_a_layer_gets_the_bases_for_its_own_moments(small):
+    """make_bases: C of the layer, for its keys and its values. Kills: the C of another layer."""
     g = torch.Generator().manual_seed(0)
-    A = torch.randn(2, 3, 32, 32, generator=g, dtype=torch.float64)
-    moments, metrics = [], []
-    for C, M_k, M_v in A @ A.mT:                                 # positive definite, for each layer
-        moments.append(C)
-        metrics.append((M_k[:16, :16], M_v[:16, :16]))
-    bases = lorc.make_bases(small, [(4, 6), (3, 5)], moments, metrics)
-    for layer, pair, C, M in zip(small.layers, bases, moments, metrics):
-        for W, b, M in zip((layer.attn.Wk, layer.attn.Wv), pair, M):
-            assert torch.equal(b.up, lorc.basis(W.weight, b.d_c, C, M).up)
+    A = torch.randn(2, 32, 32, generator=g, dtype=torch.float64)
+    moments = list(A @ A.mT)                                     # positive definite, for each layer
+    bases = lorc.make_bases(small, [(4, 6), (3, 5)], moments)
+    for layer, pair, C in zip(small.layers, bases, moments):
+        for W, b in zip((layer.attn.Wk, layer.attn.Wv), pair):
+            assert torch.equal(b.up, lorc.basis(W.weight, b.d_c, C).up)
 
 
 @given(matrices(12), seeds)

@@ -61,8 +61,8 @@ def query_metrics(llama, moments):
 
 
 def loss_ranks(study, kept):
-    """(d_k, d_v) of each layer: one sort in the loss metric of the uncompressed model."""
-    return lorc.sort_ranks(study.llama, kept, *study.first_pass())
+    """(d_k, d_v) of each layer: one sort in the loss metric."""
+    return study.for_loss(kept)[0]
 
 
 def measure(study):

@@ -39,7 +39,7 @@ from cache import GROUP, Basis, BiBranchCache, affine_codes        # noqa: E402
 from record import provenance                                      # noqa: E402
 
 CALIBRATION = 2**15       # tokens of --calibrate that second moments of inputs are taken over
-PASSES = (2**16, 2**15)   # tokens of the two passes of the loss metric
+LOSS_TOKENS = 2**16      # tokens that the loss metric is measured on
 AT_ONCE = {"cuda": 2**14}   # tokens of windows that are scored in one batch; elsewhere one window
 SINKS = 4                 # positions of each window that neither of them uses
 
@@ -129,29 +129,21 @@ class Study:
                                        basis, SINKS, self.context, self.windows(CALIBRATION))
 
     @functools.cache
-    def first_pass(self):
-        """C and (M_k, M_v) of each layer, measured on the uncompressed model."""
-        windows = self.windows(PASSES[0])
-        moments = lorc.calibrated_moments(self.llama, self.calibration, "whitened", SINKS,
-                                          self.context, windows)
-        return moments, lorc.loss_metrics(self.llama, self.calibration, sinks=SINKS,
-                                          context=self.context, windows=windows)
+    def factors(self):
+        """(S, M) of keys and values in each layer, for the loss metric: lorc.fisher_factors."""
+        return lorc.fisher_factors(self.llama, self.calibration, sinks=SINKS, context=self.context,
+                                 windows=self.windows(LOSS_TOKENS))
 
     @functools.cache
     def for_loss(self, kept):
         """Ranks by one sort in the loss metric, as (d_k, d_v) of each layer, and their bases.
 
-        This is lorc.compress_for_loss; its first pass is shared by all values of `kept`.
+        This is lorc.compress_for_loss; the factors are measured once for all values of `kept`.
         """
-        moments, metrics = self.first_pass()
-        for i, tokens in enumerate(PASSES):
-            if i:
-                metrics = lorc.loss_metrics(self.llama, self.calibration, bases, sinks=SINKS,
-                                            context=self.context, windows=self.windows(tokens),
-                                            seed=i)
-            ranks = lorc.sort_ranks(self.llama, kept, moments, metrics)
-            bases = lorc.make_bases(self.llama, ranks, moments, metrics)
-        return ranks, bases
+        factors = self.factors()
+        with patch("lorc.fisher_factors", lambda *args, **options: factors):
+            plan, bases = lorc.compress_for_loss(self.llama, self.calibration, kept)
+        return plan.ranks, bases
 
     @functools.cache
     def spectra(self, basis):
@@ -179,15 +171,16 @@ class Study:
     def full_rank(self, basis):
         """Bases of full rank for keys and values in each layer, from which lower ranks are cut.
 
-        `identity` stores keys and values as they are. `loss` is the metric of one pass, `query`
-        that of metric.py.
+        `identity` stores keys and values as they are. `query` is the metric of metric.py.
         """
         if basis == "identity":
             eye = torch.eye(self.config.kv_width).to(self.weights[0][0])
             return [(Basis(eye, eye),) * 2] * self.config.layers
         if basis == "loss":
-            moments, metrics = self.first_pass()
-        elif basis == "query":
+            return [[lorc.basis(torch.eye(len(S)).to(W), len(S), S, M)
+                     for W, (S, M) in zip(pair, factors)]
+                    for pair, factors in zip(self.weights, self.factors())]
+        if basis == "query":
             from metric import query_metrics        # here, because metric.py imports this module
             moments = self.moments("whitened")
             metrics = query_metrics(self.llama, moments)

@@ -181,17 +181,17 @@ def test_a_result_names_the_command_of_its_own_script():
     assert shared.own_command(said, "front") == "python experiments/front.py --text a --tokens 64"
 
 
-def test_the_shared_first_pass_gives_the_bases_of_compress_for_loss(monkeypatch):
+def test_the_shared_factors_give_the_bases_of_compress_for_loss(monkeypatch):
     """Study.for_loss after another `kept`, against lorc.compress_for_loss."""
     text = str(TINY / "README.md")
     args = shared.command_line("", False).parse_args(
         ["--text", text, "--calibrate", text, "--tokens", "64", "--device", "cpu"])
-    monkeypatch.setattr(shared, "PASSES", (1024, 512))
+    monkeypatch.setattr(shared, "LOSS_TOKENS", 1024)
     study = shared.Study(args)
     study.for_loss(0.5)
     ranks, bases = study.for_loss(0.3)
     plan, want = lorc.compress_for_loss(study.llama, study.calibration, 0.3,
-                                        context=study.context, windows=(2, 1))
+                                        context=study.context, windows=2)
     assert ranks == plan.ranks
     for pair, other in zip(bases, want):
         assert all(torch.equal(a.down, b.down) and torch.equal(a.up, b.up)

@@ -24,7 +24,7 @@ def make_smaller(run_all):
         if isinstance(getattr(script, "KEPT", None), tuple):
             script.KEPT = [k for k in script.KEPT if k >= 0.6][:2]
         script.SPLITS = (0, 0.1)
-    run_all.study.PASSES = (512, 512)
+    run_all.study.LOSS_TOKENS = 512
     run_all.front.KEPT_LORC = (0.6,)
     run_all.recall.RECORDS, run_all.recall.LINES, run_all.recall.RANKED = 4, (2, 3), 2
     run_all.recall.WINDOWS, run_all.recall.WINDOW_LINES = (2, 32), 3

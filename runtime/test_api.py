@@ -81,32 +81,34 @@ def test_the_paper_files_have_short_functions_and_import_only_each_other(name):
 
 # What a wrong call raises ------------------------------------------------------------------------
 
-@pytest.mark.parametrize("call, message", [
-    (lambda llama, bases: lorc.new_caches(llama, "compresed", 9, bases), "'compresed'"),
-    (lambda llama, bases: lorc.new_caches(llama, "compressed", 9), "bases"),
-    (lambda llama, bases: lorc.new_caches(llama, "bibranch", 9), "bases"),
-    (lambda llama, bases: lorc.new_caches(llama, "compressed", 9, bases[:1]), "2 layers"),
-    (lambda llama, bases: lorc.new_caches(llama, "bibranch", 9, bases, bits=8), "8"),
-    (lambda llama, bases: lorc.new_caches(llama, "bibranch", 9, bases, sinks=-1), "-1"),
-    (lambda llama, bases: lorc.new_caches(llama, "bibranch", 9, bases, window=-1), "-1"),
-    (lambda llama, bases: lorc.compress(llama, schedule="linear"), "'linear'"),
-    (lambda llama, bases: lorc.compress(llama, d_min=-3), "-3"),
-    (lambda llama, bases: lorc.compress(llama, d_min=17), "17"),
-    (lambda llama, bases: lorc.compress(llama, d_min=math.nan), "nan"),
-    (lambda llama, bases: lorc.compress(llama, kept=0.05), "cannot be reached"),
-    (lambda llama, bases: lorc.compress(llama, kept=math.nan), "cannot be reached"),
-    (lambda llama, bases: lorc.compress(llama, kept=0.7, moments=[torch.ones(32),
-                                                                  torch.full((32,), math.nan)]),
-     "moments"),
-    (lambda llama, bases: lorc.calibrated_moments(llama, torch.tensor(TOKENS), "pca"), "'pca'"),
-    (lambda llama, bases: lorc.calibrated_moments(llama, torch.tensor(TOKENS), "asvd", sinks=40),
-     "40"),
-])
-def test_a_wrong_argument_raises_a_value_error_that_names_it(small, call, message):
+MISUSE = {
+    "'compresed'": lambda llama, bases: lorc.new_caches(llama, "compresed", 9, bases),
+    "compressed cache needs bases": lambda llama, bases: lorc.new_caches(llama, "compressed", 9),
+    "bibranch cache needs bases": lambda llama, bases: lorc.new_caches(llama, "bibranch", 9),
+    "2 layers": lambda llama, bases: lorc.new_caches(llama, "compressed", 9, bases[:1]),
+    "8": lambda llama, bases: lorc.new_caches(llama, "bibranch", 9, bases, bits=8),
+    "-1": lambda llama, bases: lorc.new_caches(llama, "bibranch", 9, bases, sinks=-1),
+    "-2": lambda llama, bases: lorc.new_caches(llama, "bibranch", 9, bases, window=-2),
+    "'linear'": lambda llama, bases: lorc.compress(llama, schedule="linear"),
+    "-3": lambda llama, bases: lorc.compress(llama, d_min=-3),
+    "17": lambda llama, bases: lorc.compress(llama, d_min=17),
+    "not nan": lambda llama, bases: lorc.compress(llama, d_min=math.nan),
+    "0.05 cannot be reached": lambda llama, bases: lorc.compress(llama, kept=0.05),
+    "nan cannot be reached": lambda llama, bases: lorc.compress(llama, kept=math.nan),
+    "moments must be finite": lambda llama, bases: lorc.compress(
+        llama, kept=0.7, moments=[torch.ones(32), torch.full((32,), math.nan)]),
+    "'pca'": lambda llama, bases: lorc.calibrated_moments(llama, torch.tensor(TOKENS), "pca"),
+    "more than 40": lambda llama, bases: lorc.calibrated_moments(
+        llama, torch.tensor(TOKENS), "asvd", sinks=40),
+}
+
+
+@pytest.mark.parametrize("message", MISUSE)
+def test_a_wrong_argument_raises_a_value_error_that_names_it(small, message):
     """Nothing is silently replaced by something else."""
     bases = lorc.compress(small, d_min=4, schedule="uniform")[1]
     with pytest.raises(ValueError, match=message):
-        call(small, bases)
+        MISUSE[message](small, bases)
 
 
 @pytest.mark.parametrize("kind", KINDS)

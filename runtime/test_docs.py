@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import bounds, cli
+from runtime import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ["README.md", "experiments/README.md", "runtime/README.md", "tiny/README.md"]
@@ -70,7 +70,7 @@ def test_every_command_that_needs_no_download_runs(tmp_path, monkeypatch, capsys
         for flag, (limit, n) in SMALL.items():
             if flag in argv and limit not in argv:
                 argv += [limit, n]
-        main = cli.main if words[0] == "lorc.py" else bounds.main
+        main = cli.main if words[0] == "lorc.py" else cli.bounds_main
         assert main(argv) == 0, (words, capsys.readouterr().err)
 
 
@@ -87,7 +87,7 @@ def test_every_python_snippet_runs(block, monkeypatch):
 
 @pytest.mark.parametrize("document, main, argv, stream", [
     ("README.md", cli.main, ["--prompt", "Once upon a time"], "err"),
-    ("experiments/README.md", bounds.main, [], "out")])
+    ("experiments/README.md", cli.bounds_main, [], "out")])
 def test_a_document_shows_what_a_command_prints(document, main, argv, stream, monkeypatch, capsys):
     """Line by line, with every number replaced by 0, because numbers depend on the machine."""
     def lines(text):

@@ -197,6 +197,16 @@ DAMAGED = {
 }
 
 
+def test_a_basis_of_rank_0_is_refused_even_if_all_shapes_agree(saved):
+    llama, plan, _, folder = saved
+    ranks = [plan.ranks[0], (0, plan.ranks[1][1])]
+    rewrite(folder, lambda tensors: tensors.update({f"{K}.down": torch.zeros(0, 16),
+                                                    f"{K}.up": torch.zeros(16, 0)}),
+            with_plan(ranks=ranks))
+    with pytest.raises(model.UserError, match="holds no bases that can be read"):
+        saved_bases.load_bases(folder, llama)
+
+
 @pytest.mark.parametrize("how", DAMAGED)
 def test_a_damaged_file_is_refused_in_one_line(how, saved, recwarn):
     llama, plan, _, folder = saved

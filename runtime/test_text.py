@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import random
+import resource
 import subprocess
 import sys
 
@@ -125,6 +126,14 @@ def test_a_run_of_bytes_is_printed_when_another_token_ends_it():
     assert [invalid.step(i) for i in [*emoji, emoji[0], a]][-1] == "\ufffd" * 5 + "a"
 
 
+def test_a_character_of_several_tokens_is_printed_with_its_last_one():
+    """Byte-level tokens decode one by one. Kills: waiting until a token is a whole character."""
+    fast = byte_level()
+    stream = Stream(Wrapped(fast), fast.encode("a").ids)
+    pieces = [stream.step(i) for i in fast.encode("ሀ🙂é").ids]
+    assert pieces == ["", "ሀ", "", "", "", "🙂", "", "é"]
+
+
 def test_special_tokens_and_tokens_without_a_name_print_nothing():
     fast = byte_fallback()
     a, bos = fast.token_to_id("a"), fast.token_to_id("<s>")
@@ -213,11 +222,13 @@ LOOP = "{% for m in messages %}w3 {{ m['content'] }}{% endfor %}"
 ])
 def test_chat_templates_cannot_reach_python_nor_run_for_long(template, want, tmp_path):
     t = open_tokenizer(tmp_path, chat_template=template)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime              # CPU time
     if isinstance(want, list):
         assert t.chat("w9") == want
     else:
         with pytest.raises(model.UserError, match=want):
             t.chat("w9")
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 4
 
 
 def test_chat_template_jinja_takes_precedence(tmp_path):
