@@ -368,10 +368,11 @@ def compress_for_loss(llama, tokens, kept=0.4, sinks=4, window=32, context=1024,
 def fisher_factors(llama, tokens, sinks=4, window=32, context=1024, windows=32, seed=0):
     """For the keys and for the values of each layer, the factors (C, M) of the Fisher information.
 
-    Let the cache return A k for each key k (or value) that it stores compressed. The second moment
-    of the gradient G of the loss with respect to A, at A = I, is the Fisher information if labels
-    are drawn from the model: it moves by about E[tr(G^T (A - I))^2] / 2 nats. One text window gives
-    one G, (G*d, G*d). Memory: the weights, the activations of one layer, and all G on the CPU.
+    Let the cache return A k instead of each key k (or value) that it stores compressed. G is the
+    gradient of the loss with respect to A at A = I, for labels that are drawn from the model, so
+    its second moment is the Fisher information of A: A changes the predictions by a KL divergence
+    of about E[tr(G^T (A - I))^2] / 2. Each window of the text gives one G, (G*d, G*d). Memory: the
+    weights, the activations of one layer, and on the CPU all G, in the dtype of the weights.
     """
     like, maps, gradients = llama.norm.weight, [], []
     eye = torch.eye(llama.config.kv_width).to(like)
@@ -395,8 +396,8 @@ def fisher_factors(llama, tokens, sinks=4, window=32, context=1024, windows=32, 
 def kronecker_factors(G, rounds=3):
     """C and M with E[G_ij G_kl] close to M_ik C_jl, from samples G (n, m, m) of a random matrix.
 
-    Each round improves the likelihood that G has if it is normally distributed: M = E[G C^-1 G^T]
-    / m, then C = E[G^T M^-1 G] / m. 1 % of their mean eigenvalue is added to both.
+    The maximum likelihood of a normal distribution, by alternation: M = E[G C^-1 G^T] / m, then
+    C = E[G^T M^-1 G] / m. 1 % of the mean eigenvalue is added to the diagonals of both.
     """
     G, eye = G.double(), torch.eye(G.shape[-1]).to(G.device, torch.float64)
 
@@ -404,16 +405,17 @@ def kronecker_factors(G, rounds=3):
         return S + 0.01 * S.trace() / len(S) * eye
     C = eye
     for _ in range(rounds):
-        M = regularized((G @ torch.linalg.solve(C, G.mT)).mean(0) / len(eye))
-        C = regularized((G.mT @ torch.linalg.solve(M, G)).mean(0) / len(eye))
+        M = regularized((G @ torch.linalg.inv(C) @ G.mT).mean(0) / len(eye))
+        C = regularized((G.mT @ torch.linalg.inv(M) @ G).mean(0) / len(eye))
     return C, M
 
 
 def sort_ranks(factors, kept):
     """(d_k, d_v) of each layer: the largest eigenvalues of all matrices, up to the fraction kept.
 
-    All eigenvalues have the same unit, nats per token. They are sorted in steps of
-    rank_multiple(d_max). Every matrix keeps at least one step. Raises ValueError if kept is less.
+    Half an eigenvalue is what dropping it costs, in nats per token, whatever its layer. They are
+    sorted in steps of rank_multiple(d_max); every matrix keeps at least one. Raises ValueError if
+    `kept` is less. theory.predicted_divergence has the proof that no other ranks cost less.
     """
     eye = torch.eye(len(factors[0][0][0])).to(factors[0][0][0])
     spectra = torch.stack([spectrum(eye, C, M)[0] for pair in factors for C, M in pair])

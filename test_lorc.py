@@ -9,11 +9,13 @@ tests are properties: Hypothesis draws what the statement quantifies over.
 Helpers without claims of their own are in runtime/testing.py; tests of everything that is not in
 the papers are in runtime/ and experiments/.
 """
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, example, find, given, settings, target
 from hypothesis import strategies as st
 
@@ -542,7 +544,7 @@ def test_moments_are_those_of_the_inputs_after_the_sinks(small):
 
 
 def test_a_layer_gets_the_bases_for_its_own_moments(small):
-    """make_bases: C of the layer's inputs, for its keys and its values. Kills: another layer's C."""
+    """make_bases: C of the layer, for its keys and its values. Kills: the C of another layer."""
     g = torch.Generator().manual_seed(0)
     A = torch.randn(2, 32, 32, generator=g, dtype=torch.float64)
     moments = list(A @ A.mT)                                     # positive definite, for each layer
@@ -903,3 +905,128 @@ def test_every_bound_holds_on_the_real_models_own_activations(real, kept):
         assert 0 < median <= worst <= TIGHT
         assert math.isnan(mean) or math.isclose(mean, 1, rel_tol=1e-6)
     assert len(rows) >= len(llama.layers) // 2
+
+
+# Beyond both papers: the metric of the loss ------------------------------------------------------
+
+def random_factors(rng, m, pairs):
+    """Factors (C, M) as of lorc.fisher_factors: random, positive definite, of unequal sizes."""
+    def one():
+        root = torch.tensor(rng.normal(size=(m, m)) * 10.0 ** rng.uniform(-1, 1))
+        return root @ root.T + 1e-3 * torch.eye(m, dtype=torch.float64)
+    return [((one(), one()), (one(), one())) for _ in range(pairs)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kronecker_factors_are_those_that_the_samples_were_drawn_with(seed):
+    """G = R Z L^T with Z normal has E[G_ij G_kl] = (R R^T)_ik (L L^T)_jl. Only the product of C and
+    M is determined, so that is compared. Kills: C and M exchanged; one of them left at I."""
+    rng, m, n = np.random.default_rng(seed), 4, 4000
+    R, L = (torch.tensor(rng.normal(size=(m, m))) + 2 * torch.eye(m) for _ in range(2))
+    C, M = lorc.kronecker_factors(R @ torch.tensor(rng.normal(size=(n, m, m))) @ L.T, rounds=10)
+    want = torch.kron(R @ R.T, L @ L.T)
+    assert (torch.kron(M, C) - want).norm() < 0.08 * want.norm()
+
+
+def measured_gradients(llama, tokens, monkeypatch, **options):
+    """G (n, m, m) of every matrix, in the order k, v, k, v, ..., that fisher_factors measures."""
+    found = []
+    with monkeypatch.context() as patch:
+        patch.setattr(lorc, "kronecker_factors", found.append)
+        lorc.fisher_factors(llama, tokens, **options)
+    return found
+
+
+def test_fisher_factors_measure_the_gradient_of_the_loss_in_the_map_of_the_keys(small, monkeypatch):
+    """G against a finite difference of the loss, with labels drawn anew: one layer's keys, another
+    layer's values, two windows. Kills: labels of the text; gradients through exact tokens."""
+    tokens, context, exact = torch.arange(36) * 7 % 61, 18, {"sinks": 2, "window": 3}
+    found = measured_gradients(small, tokens, monkeypatch, context=context, **exact)
+    assert len(found) == 2 * len(small.layers) and found[0].shape == (2, 16, 16)
+    eye, rng = torch.eye(16, dtype=torch.float64), np.random.default_rng(0)
+
+    def logits(x, which, A):
+        maps = [A if i == which else eye for i in range(len(found))]
+        pairs = [(Basis(eye, K), Basis(eye, V)) for K, V in zip(maps[::2], maps[1::2])]
+        caches = lorc.new_caches(small, "bibranch", len(x), pairs, simulate_decoding=True, **exact)
+        return small(x[None], caches)[0]
+    for which in (0, 3):
+        generator, E = torch.Generator().manual_seed(0), torch.tensor(rng.normal(size=(16, 16)))
+        for x, G in zip(tokens.split(context), found[which]):
+            labels = logits(x, None, None).float().softmax(-1).multinomial(1, generator=generator)
+            high, low = (F.cross_entropy(logits(x, which, eye + h * E), labels[:, 0],
+                                         reduction="sum") for h in (1e-4, -1e-4))
+            slope = (high - low) / 2e-4 / len(x) ** 0.5
+            assert math.isclose((G * E).sum(), slope, rel_tol=1e-4, abs_tol=1e-6)
+            assert G.norm() > 1e-3
+
+
+def test_the_loss_metric_predicts_the_divergence_that_a_small_change_causes(real):
+    """KL of the next token when every compressed key or value x of one layer becomes x + E x for a
+    small random E, against tr(E^T M E C) / 2: within a factor of four, although seven windows stand
+    for all text. Kills: a factor T = 64."""
+    llama, tokenizer, _ = real
+    text = own_text(llama, tokenizer.encode("Once"), 7 * 64)[0]
+    factors = lorc.fisher_factors(llama, text, context=64, window=8, windows=7)
+    eye, rng = torch.eye(llama.config.kv_width), np.random.default_rng(0)
+    unchanged = [(Basis(eye, eye),) * 2] * len(llama.layers)
+
+    def log_p(pairs, x):
+        caches = lorc.new_caches(llama, "bibranch", len(x), pairs, window=8,
+                                 simulate_decoding=True)
+        return llama(x[None], caches)[0].log_softmax(-1)
+    for layer, which in ((0, 1), (2, 0), (len(llama.layers) - 1, 1)):
+        C, M = factors[layer][which]
+        E = torch.tensor(rng.normal(size=C.shape))
+        E *= (1e-3 / (torch.trace(E.T @ M @ E @ C).item() / 2)) ** 0.5
+        pairs, pair = list(unchanged), [Basis(eye, eye), Basis(eye, eye)]
+        pair[which] = Basis(eye, eye + E.float())
+        pairs[layer] = tuple(pair)
+        kl = [F.kl_div(log_p(pairs, x), log_p(unchanged, x), log_target=True,
+                       reduction="batchmean").item() for x in text.split(64)]
+        assert 0.25e-3 < sum(kl) / len(kl) < 4e-3
+
+
+@given(st.integers(2, 4), st.integers(1, 2), st.integers(0, 100), seeds)
+def test_one_sort_gives_the_ranks_of_the_least_predicted_divergence(m, layers, cut, seed):
+    """Against all ranks of the same sum, each at least 1. Kills: the smallest kept instead."""
+    factors = random_factors(np.random.default_rng(seed), m, layers)
+    total = 2 * layers + cut % (2 * layers * (m - 1) + 1)
+    ranks = lorc.sort_ranks(factors, total / (2 * layers * m))
+    assert sum(d_k + d_v for d_k, d_v in ranks) == total
+    others = (list(zip(d[::2], d[1::2])) for d in itertools.product(range(1, m + 1),
+                                                                    repeat=2 * layers)
+              if sum(d) == total)
+    best = theory.predicted_divergence(factors, ranks)
+    assert all(best <= theory.predicted_divergence(factors, other) * TIGHT for other in others)
+
+
+def test_one_sort_keeps_multiples_in_wide_models(monkeypatch):
+    """Ranks are multiples of rank_multiple(d_max), here 4 of 16, and the least that can be kept is
+    said. Kills: ranks of one sort in steps of 1 that are rounded afterwards."""
+    monkeypatch.setattr(lorc, "rank_multiple", lambda d_max: 4)
+    factors = random_factors(np.random.default_rng(0), 16, 3)
+    ranks = lorc.sort_ranks(factors, 0.45)
+    assert sum(map(sum, ranks)) == 4 * round(0.45 * 6 * 16 / 4)
+    assert all(d % 4 == 0 and d > 0 for pair in ranks for d in pair)
+    with pytest.raises(model.UserError, match="0.25 to 1"):
+        lorc.sort_ranks(factors, 0.2)
+
+
+def test_compressing_for_the_loss_loses_less_than_the_calibrated_optimum(real):
+    """KL of the next token on other text than was calibrated on, at the same fraction kept."""
+    llama, tokenizer, _ = real
+    text = own_text(llama, tokenizer.encode("Once"), 8 * 64)[0]
+    seen, other = text[:-128], text[-128:]
+    plan, bases = lorc.compress_for_loss(llama, seen, 0.3, window=8, context=64)
+    moments = lorc.calibrated_moments(llama, seen, "whitened", context=64)
+    calibrated = lorc.compress(llama, moments, kept=0.3, schedule="uniform")[1]
+    assert math.isclose(plan.kept, 0.3, abs_tol=1e-3)
+
+    def divergence(bases):
+        got = llama(other[None], lorc.new_caches(llama, "bibranch", 128, bases, window=8,
+                                                 simulate_decoding=True))[0].log_softmax(-1)
+        want = llama(other[None], full(llama, 128))[0].log_softmax(-1)
+        return F.kl_div(got, want, log_target=True, reduction="batchmean")
+    assert divergence(bases) < divergence(calibrated)
+    assert lorc.compress_for_loss(llama, seen, 1, window=8, context=64)[1] == [None] * len(bases)

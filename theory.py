@@ -7,6 +7,7 @@
                         theorem_3_a_priori    the same from ||x|| alone: no layer is special [E12]
     Eqs. 18, 19, Fig. 4 reconstruction_error  relative, in the Frobenius norm
     not in the paper    expected_error        what a basis loses in expectation, and why it is best
+                        predicted_divergence  the same in nats; why one sort gives the best ranks
                         attention_bound       keys and values compressed, with RoPE and softmax
 
 All computations are in float64. A compressed matrix is W~ = up down W, with lorc.basis. SwiGLU is a
@@ -112,17 +113,36 @@ def theorem_3_a_priori(Ws, ks, L_phi, x):
 def expected_error(W, k, C=None, M=None):
     """The least E (Wx - Ax)^T M (Wx - Ax) over all matrices A of rank k, where E[x x^T] = C.
 
-    It is the sum of all but the k largest eigenvalues of M^1/2 W C W^T M^1/2, and lorc.basis
-    attains it. Proof. The error is ||M^1/2 (W - A) C^1/2||_F^2. M^1/2 A C^1/2 has rank at most k.
-    By Eckart and Young the error is at least the sum of the dropped sigma^2 of M^1/2 W C^1/2, and
-    these are the dropped eigenvalues. With the eigenvectors U of the k largest,
-    A = M^-1/2 U U^T M^1/2 W attains it: the error is tr((I - U U^T) M^1/2 W C W^T M^1/2).
+    It is the sum of all but the k largest eigenvalues of R^T W C W^T R, where M = R R^T, and
+    lorc.basis attains it. Proof. The error is ||R^T (W - A) C^1/2||_F^2, and R^T A C^1/2 has rank
+    at most k. By Eckart and Young the error is at least the sum of the dropped sigma^2 of
+    R^T W C^1/2, and these are the dropped eigenvalues. With the eigenvectors U of the k largest,
+    A = R^-T U U^T R^T W attains it: the error is tr((I - U U^T) R^T W C W^T R).
 
-    M = I and C = I give LoRC, C = diag(mean |x|) ASVD, and C = E[x x^T] the optimum of CSKV's
-    layer-wise fine-tuning [E30]. M = E[g g^T], with g the gradient of the loss with respect to a
-    key or a value, gives the loss metric.
+    C = I and M = I give LoRC, C = diag(mean |x|) ASVD, and C = E[x x^T] the optimum of CSKV's
+    layer-wise fine-tuning [E30]. W = I with the C and M of lorc.fisher_factors gives the loss
+    metric: x is then the key or the value itself, and the error is measured in nats.
     """
     return lorc.spectrum(W, C, M)[0][k:].sum().item()
+
+
+def predicted_divergence(factors, ranks):
+    """The KL divergence, in nats per token, that compressing to these ranks should cause.
+
+    factors: from lorc.fisher_factors; ranks: (d_k, d_v) of each layer. It is half the sum of the
+    expected errors of all matrices. Derivation. If the cache returns A k instead of k, with
+    E = A - I, the predictions change by KL = vec(E)^T F vec(E) / 2 + O(|E|^3), where F is the
+    Fisher information of A: KL and its gradient are zero at A = I, and F is its Hessian there. With
+    F_ij,kl = M_ik C_jl this is tr(E^T M E C) / 2, half of expected_error's objective for W = I.
+
+    lorc.sort_ranks minimizes this sum among all ranks with the same total. Proof. Other ranks can
+    be reached from those of the sort by exchanges: one matrix loses its smallest kept eigenvalue
+    and another gains its largest dropped one. The sort has kept the larger of the two, so no
+    exchange reduces the sum. Three things are left out: higher orders of E, differences between F
+    and M_ik C_jl, and covariances of the gradients of different matrices.
+    """
+    return sum(expected_error(torch.eye(len(C)).to(C), d_c, C, M) / 2
+               for pair, dims in zip(factors, ranks) for (C, M), d_c in zip(pair, dims))
 
 
 # One attention layer -----------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def panel(ax, rows, key):
                 ax.annotate(words(row), point, xytext=offset, fontsize=7, color=color,
                             textcoords="offset points", ha=side)
     out_of_range(ax, [row for row in rows if row["label"] == "LoRC, Eq. 13"], percent)
-    ax.set(yscale="log", ylim=(0.8 * shared.FLOOR, TOP), xlim=(0, 62))
+    ax.set(yscale="log", ylim=(0.8 * shared.FLOOR, TOP), xlim=(0, 66))
     shared.plain_numbers(ax.yaxis)
 
 

@@ -76,6 +76,7 @@ def long_run(llama, bases, prompt, tokens, every, **bibranch):
                 rows.append({"tokens": n, "held": sum(cache.nbytes for cache in caches),
                              "resident": resident(prompt.device.type),
                              "seconds": round(time.perf_counter() - start, 2)})
+    llama.config = c
     return {"steps": i + 1, "steps_with_exact_window": exact, "rows": rows}
 
 

@@ -434,17 +434,22 @@ def test_the_harness_scores_a_bibranch_cache_as_the_full_one(real, harness):
 
 # The README --------------------------------------------------------------------------------------
 
-def test_the_example_in_the_readme_runs(real, tmp_path, monkeypatch, capsys):
-    hf, llama, ids = real
+def examples():
+    """The Python examples with a LowRankCache in the documents."""
     texts = [(HERE / name).read_text() for name in ("README.md", "experiments/README.md")]
     blocks = re.findall(r"^```python\n(.*?)^```", "\n".join(texts), re.M | re.S)
-    example, *_ = [code for code in blocks if "LowRankCache" in code]
+    return [code for code in blocks if "LowRankCache" in code]
+
+
+@pytest.mark.parametrize("example", examples())
+def test_every_example_in_a_readme_runs(real, tmp_path, monkeypatch, example):
+    hf, llama, ids = real
     save_bases(tmp_path / "bases", llama, *lorc.compress(llama, kept=0.6))
+    (tmp_path / "tiny").symlink_to(HERE / "tiny")
     monkeypatch.chdir(tmp_path)
     names = {"model": hf, "inputs": {"input_ids": ids, "max_new_tokens": 5, "pad_token_id": 0}}
     exec(example, names)
-    assert names["out"].shape == (1, ids.shape[1] + 5)
-    assert str(names["cache"].nbytes) in capsys.readouterr().out
+    assert names["out"].shape[1] > 5 and names["cache"].nbytes > 0
 
 
 # Wrong uses --------------------------------------------------------------------------------------
@@ -500,6 +505,7 @@ def used(hf, bases, ids):
         hf, ids.expand(2, -1), used(hf, bases, ids)),
     "sliding_window of 8": lambda hf, bases, ids, small: LowRankCache.from_model(
         transformers.MistralForCausalLM(transformers.MistralConfig(**RAW | {"sliding_window": 8}))),
+    "LlamaModel lacks a parameter": lambda hf, bases, ids, small: LowRankCache(hf.model, bases),
     "'gpt2'": lambda hf, bases, ids, small: LowRankCache(transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)), [None]),
 }.items())

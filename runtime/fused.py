@@ -17,9 +17,9 @@ The results are sums of value latents, which Eq. 9 expands with U_v, and sums of
 cache.py computes the same in plain PyTorch, and the tests compare the two. The position of the new
 token is a tensor, so that one CUDA graph serves every step.
 
-Letters: B sequences, S tokens that fit into the cache, G key heads, R query heads per key head,
-H = G*R, d the size of a head, d_k and d_v the ranks. All sizes in capitals are powers of two where
-they are tile sizes: T, HEADS (key heads per block), CHANNELS, Q (query heads, padded), E.
+B sequences have room for S tokens. G key heads have R query heads each; H = G*R, of size d. The
+ranks are d_k and d_v. Tile sizes are powers of two: T tokens, HEADS key heads, CHANNELS of a
+latent, Q query heads (at least 16, as the matrix units want it), E exact tokens.
 """
 import torch
 import triton
@@ -41,23 +41,20 @@ def latent_count(position, exact):
 def unpack(packed, minimum, scale, row, stop, channel, d_c: tl.constexpr, T: tl.constexpr):
     """Latents (T/2, CHANNELS) of tokens row, row + 2, ... and of tokens row + 1, row + 3, ...
 
-    packed (S/2, d_c), minimum and scale (S/32, d_c) belong to one sequence; row and stop, where
+    packed (S/2, d_c), minimum and scale (S/32, d_c) belong to one sequence. row and stop, where
     the codes end, are multiples of 32.
     """
+    CHANNELS: tl.constexpr = channel.shape[0]
     pair, group = tl.arange(0, T // 2) + row // 2, tl.arange(0, T // SIZE) + row // SIZE
-    inside = (channel < d_c)[None, :]
+    inside = (group * SIZE < stop)[:, None] & (channel < d_c)[None, :]
     at = group[:, None] * d_c + channel[None, :]                            # (T/32, CHANNELS)
-    there = (group * SIZE < stop)[:, None] & inside
-    low = tl.load(minimum + at, mask=there, other=0.0).to(tl.float32)[:, None, :]
-    step = tl.load(scale + at, mask=there, other=0.0)
-    there = (pair * 2 < stop)[:, None] & inside
-    byte = tl.load(packed + pair[:, None] * d_c + channel[None, :], mask=there, other=0)
-    byte = byte.reshape(T // SIZE, SIZE // 2, channel.shape[0])
-    wide = step.to(tl.float32)[:, None, :]
-    even = (byte & 15).to(tl.float32) * wide + low                          # (T/32, 16, CHANNELS)
-    odd = (byte >> 4).to(tl.float32) * wide + low
-    return (even.reshape(T // 2, channel.shape[0]).to(step.dtype),
-            odd.reshape(T // 2, channel.shape[0]).to(step.dtype))
+    low = tl.load(minimum + at, mask=inside, other=0.0)[:, None, :]
+    step = tl.load(scale + at, mask=inside, other=0.0)[:, None, :]
+    inside = (pair * 2 < stop)[:, None] & (channel < d_c)[None, :]
+    byte = tl.load(packed + pair[:, None] * d_c + channel[None, :], mask=inside, other=0)
+    byte = byte.reshape(T // SIZE, SIZE // 2, CHANNELS)                     # (T/32, 16, CHANNELS)
+    even, odd = (byte & 15).to(step.dtype) * step + low, (byte >> 4).to(step.dtype) * step + low
+    return even.reshape(T // 2, CHANNELS), odd.reshape(T // 2, CHANNELS)
 
 
 # Scores -------------------------------------------------------------------------------------------
@@ -68,8 +65,8 @@ def unpack_tile(rows, packed, minimum, scale, pending, row, length, d_k: tl.cons
     """Write the latents of tokens row .. row + T - 1 to rows (T, d_k), from codes and pending."""
     stop = length // SIZE * SIZE
     pair, late = tl.arange(0, T // 2), tl.arange(0, SIZE)
-    for first in range(0, d_k, CHANNELS):
-        channel = first + tl.arange(0, CHANNELS)
+    for start in range(0, d_k, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
         inside = (channel < d_k)[None, :]
         even, odd = unpack(packed, minimum, scale, row, stop, channel, d_k, T)
         out = rows + (2 * pair)[:, None] * d_k + channel[None, :]           # (T/2, CHANNELS)
@@ -84,86 +81,85 @@ def unpack_tile(rows, packed, minimum, scale, pending, row, length, d_k: tl.cons
 
 
 @triton.jit
-def score_tile(scores, q, c_tiles, c_row, up, cos, sin, b, block, row, length, S, first,
-               G: tl.constexpr, R: tl.constexpr, d: tl.constexpr, d_k: tl.constexpr,
+def score_tile(scores, q, tiles_of_c, rows, row_of_c, tiles_of_up, cos, sin, block, row, length,
+               first, G: tl.constexpr, R: tl.constexpr, d: tl.constexpr, d_k: tl.constexpr,
                T: tl.constexpr, HEADS: tl.constexpr, CHANNELS: tl.constexpr, Q: tl.constexpr,
-               FROM_ROWS: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores of T tokens and a block of HEADS key heads.
+               BITS: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores of T tokens and of one block of HEADS key heads of a sequence.
 
-    c_tiles yields tiles of latents: a descriptor of (rows, d_k), or pointers (T, 1) if FROM_ROWS.
+    The latents are loaded from row_of_c on as tiles (16 bits), or from rows (T, d_k) (4 bits).
     What the products meet is loaded before them, so that its latency is hidden.
     """
     half: tl.constexpr = d // 2
     N: tl.constexpr = HEADS * d
     n, j, h = row + tl.arange(0, T), tl.arange(0, N), block * HEADS * R + tl.arange(0, Q)
-    at = first + tl.minimum(n, length - 1)                                  # positions
-    at = at[:, None] * d + tl.arange(0, half)[None, :]
+    at = (first + tl.minimum(n, length - 1))[:, None] * d + tl.arange(0, half)[None, :]
     c, s = tl.load(cos + at), tl.load(sin + at + half)                      # (T, d/2)
     heads = tl.minimum(G, block * HEADS + HEADS) * R                        # where the block ends
     own = (h[None, :] // R == block * HEADS + j[:, None] // d) & (h < heads)[None, :]
-    query = tl.load(q + (b * G * R + h)[None, :] * d + (j % d)[:, None], mask=own, other=0.0)
+    query = tl.load(q + h[None, :] * d + (j % d)[:, None], mask=own, other=0.0)     # (N, Q)
     k = tl.zeros((T, N), tl.float32)
     for channel in range(0, d_k, CHANNELS):
-        if FROM_ROWS:
-            columns = channel + tl.arange(0, CHANNELS)
-            inside = (columns < d_k)[None, :]
-            latents = tl.load(c_tiles + columns[None, :], mask=inside, other=0.0)
+        if BITS == 16:
+            latents = tiles_of_c.load([row_of_c, channel])                  # (T, CHANNELS)
         else:
-            latents = c_tiles.load([c_row, channel])                        # (T, CHANNELS)
-        U = up.load([block * N, channel])                                   # (N, CHANNELS)
+            columns = channel + tl.arange(0, CHANNELS)[None, :]
+            t = tl.arange(0, T)[:, None]
+            latents = tl.load(rows + t * d_k + columns, mask=columns < d_k, other=0.0)
+        U = tiles_of_up.load([block * N, channel])                          # (N, CHANNELS)
         k = tl.dot(latents, U.T, k, input_precision=PRECISION)              # (T, N)
     x, y = tl.split(k.reshape(T, HEADS, 2, half).permute(0, 1, 3, 2))       # (T, HEADS, d/2)
     c, s = c.to(tl.float32)[:, None, :], s.to(tl.float32)[:, None, :]
     k = tl.join(x * c - y * s, y * c + x * s).permute(0, 1, 3, 2).reshape(T, N)
     result = tl.dot(k.to(query.dtype), query, input_precision=PRECISION) * d**-0.5
-    out = scores + (b.to(tl.int64) * S + n)[:, None] * (G * R) + h[None, :]  # (T, Q)
+    out = scores + n[:, None] * (G * R) + h[None, :]                        # (T, Q)
     tl.store(out, result, mask=(n < length)[:, None] & (h < heads)[None, :])
 
 
 @triton.jit
-def score_kernel(scores, q, c_k, tiles_of_c, up, cos, sin, position, packed, minimum, scale,
-                 pending, B, S, first, exact, G: tl.constexpr, R: tl.constexpr, d: tl.constexpr,
-                 d_k: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, CHANNELS: tl.constexpr,
-                 UNPACK: tl.constexpr, Q: tl.constexpr, BITS: tl.constexpr,
-                 PRECISION: tl.constexpr):
-    """scores (B, S, H) of q (B, H, d) and of latents c_k (B, S, d_k) or their codes.
+def score_kernel(scores, q, tiles_of_c, rows, tiles_of_up, cos, sin, position, packed, minimum,
+                 scale, pending, S, first, exact, G: tl.constexpr, R: tl.constexpr,
+                 d: tl.constexpr, d_k: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr,
+                 CHANNELS: tl.constexpr, UNPACK: tl.constexpr, Q: tl.constexpr,
+                 BITS: tl.constexpr, PRECISION: tl.constexpr):
+    """scores (B, S, H) of q (B, H, d) and of latents c_k (B*S, d_k), or their codes.
 
-    A program works on one tile after another. With 4 bits, c_k (programs, T, d_k) is where it
-    unpacks a tile; such a small buffer stays in the L2 cache.
+    A program works on one part of a sequence. With 16 bits it computes one block of key heads, from
+    tiles of c_k. With 4 bits it unpacks a tile and computes all blocks from it; rows (programs, T,
+    d_k) is memory for one tile per program, which stays in the L2 cache. Latent 0 belongs to the
+    token at position `first`; `exact` tokens are not latents.
     """
+    part, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     length = latent_count(position, exact)
-    tiles = tl.cdiv(length, T)
-    blocks: tl.constexpr = (G + HEADS - 1) // HEADS
-    program, programs = tl.program_id(0), tl.num_programs(0)
+    span = tl.cdiv(tl.cdiv(length, T), tl.num_programs(1)) * T
+    start, stop = part * span, tl.minimum(length, part * span + span)
+    scores, q = scores + b * S * (G * R), q + b * (G * R) * d
     if BITS == 16:
-        for i in range(program, B * tiles * blocks, programs):
-            block, tile, b = i % blocks, i // blocks % tiles, i // blocks // tiles
-            score_tile(scores, q, tiles_of_c, b * S + tile * T, up, cos, sin, b, block, tile * T,
-                       length, S, first, G, R, d, d_k, T, HEADS, CHANNELS, Q, False, PRECISION)
+        for row in range(start, stop, T):
+            score_tile(scores, q, tiles_of_c, rows, (b * S).to(tl.int32) + row, tiles_of_up, cos,
+                       sin, tl.program_id(0), row, length, first, G, R, d, d_k, T, HEADS, CHANNELS,
+                       Q, BITS, PRECISION)
     else:
-        rows = c_k + program * T * d_k
-        for i in range(program, B * tiles, programs):
-            tile, b = i % tiles, i // tiles
-            codes, group = packed + b.to(tl.int64) * (S // 2) * d_k, b * (S // SIZE) * d_k
+        rows += (b * tl.num_programs(1) + part) * T * d_k
+        packed, pending = packed + b * (S // 2) * d_k, pending + b * SIZE * d_k
+        minimum, scale = minimum + b * (S // SIZE) * d_k, scale + b * (S // SIZE) * d_k
+        for row in range(start, stop, T):
             tl.debug_barrier()                       # until all warps have read the last tile
-            unpack_tile(rows, codes, minimum + group, scale + group, pending + b * SIZE * d_k,
-                        tile * T, length, d_k, T, UNPACK)
+            unpack_tile(rows, packed, minimum, scale, pending, row, length, d_k, T, UNPACK)
             tl.debug_barrier()                       # until all warps have written this one
-            pointers = rows + tl.arange(0, T)[:, None] * d_k
-            for block in range(blocks):
-                score_tile(scores, q, pointers, 0, up, cos, sin, b, block, tile * T, length, S,
-                           first, G, R, d, d_k, T, HEADS, CHANNELS, Q, True, PRECISION)
+            for block in range((G + HEADS - 1) // HEADS):
+                score_tile(scores, q, tiles_of_c, rows, 0, tiles_of_up, cos, sin, block, row,
+                           length, first, G, R, d, d_k, T, HEADS, CHANNELS, Q, BITS, PRECISION)
 
 
 # Sums of value latents ----------------------------------------------------------------------------
 
 @triton.jit
 def softmax_step(m, l, o, scores, n, stop, c, H: tl.constexpr, PRECISION: tl.constexpr):
-    """Add tokens n with latents c (N, CHANNELS) to m, l (Q,) and o (Q, CHANNELS)."""
-    h = tl.arange(0, m.shape[0])
-    valid = (n < stop)[:, None]
+    """Add tokens n with latents c (T, CHANNELS) to m, l (Q,) and o (Q, CHANNELS)."""
+    h, valid = tl.arange(0, m.shape[0]), (n < stop)[:, None]
     s = tl.load(scores + n[:, None] * H + h[None, :], mask=valid & (h < H)[None, :], other=0.0)
-    s = tl.where(valid, s, float("-inf"))                                   # (N, Q)
+    s = tl.where(valid, s, float("-inf"))                                   # (T, Q)
     new = tl.maximum(m, tl.max(s, 0))
     p, shrink = tl.exp(s - new[None, :]), tl.exp(m - new)
     o = tl.dot(p.to(c.dtype).T, c, o * shrink[:, None], input_precision=PRECISION)
@@ -196,17 +192,17 @@ def value_kernel(sums, maxima, totals, scores, c_v, position, packed, minimum, s
             m, l, o = softmax_step(m, l, o, scores, n, stop, c, H, PRECISION)
     else:
         full = tl.minimum(stop, length // SIZE * SIZE)
-        packed += b * (S // 2) * d_v
-        group = b * (S // SIZE) * d_v
+        packed, pending = packed + b * (S // 2) * d_v, pending + b * SIZE * d_v
+        minimum, scale = minimum + b * (S // SIZE) * d_v, scale + b * (S // SIZE) * d_v
         for row in tl.range(start, full, T, num_stages=STAGES):
+            even, odd = unpack(packed, minimum, scale, row, full, channel, d_v, T)
             n = row + 2 * tl.arange(0, T // 2)
-            even, odd = unpack(packed, minimum + group, scale + group, row, full, channel, d_v, T)
             m, l, o = softmax_step(m, l, o, scores, n, full, even, H, PRECISION)
             m, l, o = softmax_step(m, l, o, scores, n + 1, full, odd, H, PRECISION)
         if (stop == length) & (full < stop) & (start < stop):
             late = tl.arange(0, SIZE)
-            at = (b * SIZE + late)[:, None] * d_v + channel[None, :]        # (32, CHANNELS)
-            c = tl.load(pending + at, mask=(full + late < stop)[:, None] & inside, other=0.0)
+            new = (full + late < stop)[:, None] & inside
+            c = tl.load(pending + late[:, None] * d_v + channel[None, :], mask=new, other=0.0)
             m, l, o = softmax_step(m, l, o, scores, full + late, stop, c, H, PRECISION)
     out = (b * parts + part) * H + h
     tl.store(sums + out[:, None] * d_v + channel[None, :], o, mask=(h < H)[:, None] & inside)
@@ -281,7 +277,7 @@ def combine_kernel(latent_sums, exact_sums, sums, maxima, totals, q, cos, sin, p
         channel = start + tl.arange(0, CHANNELS)[None, :]
         inside = mine[:, None] & (channel < d_v)
         total = tl.zeros((Q, CHANNELS), tl.float32)
-        for i in range(parts):
+        for i in tl.range(parts, num_stages=4):
             row = first + i * G * R + r
             weight = tl.exp(tl.load(maxima + row, mask=mine, other=float("-inf")) - m) / l
             total += weight[:, None] * tl.load(sums + row[:, None] * d_v + channel, mask=inside,
@@ -312,30 +308,49 @@ def processors(x):
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
 
 
-def tile_options(dtype, d):
-    """Tile sizes and launch options of score_kernel and of value_kernel, measured on an H100."""
+def tile_options(dtype, d, few=False):
+    """Tile sizes and launch options of score_kernel and of value_kernel, measured on an H100.
+
+    few: whether there are so few tokens that smaller tiles are needed to occupy the device.
+    """
     if dtype.itemsize > 2:                             # float32, for tests
         return ({"T": 32, "HEADS": max(1, 64 // d), "CHANNELS": 32, "UNPACK": 32, "num_warps": 4,
                  "num_stages": 2, "PRECISION": "ieee"},
                 {"T": 32, "CHANNELS": 32, "num_warps": 4, "STAGES": 2, "PRECISION": "ieee"})
-    return ({"T": 128, "HEADS": max(1, 256 // d), "CHANNELS": 64, "UNPACK": 256, "num_warps": 8,
-             "num_stages": 4, "PRECISION": "tf32"},
-            {"T": 64, "CHANNELS": 128, "num_warps": 4, "STAGES": 4, "PRECISION": "tf32"})
+    scores = {"T": 128, "HEADS": max(1, 256 // d), "CHANNELS": 64, "UNPACK": 256, "num_warps": 8,
+              "num_stages": 3, "PRECISION": "tf32"}
+    values = {"T": 128, "CHANNELS": 128, "num_warps": 4, "STAGES": 2, "PRECISION": "tf32"}
+    if few:
+        scores |= {"T": 64, "HEADS": max(1, 128 // d), "UNPACK": 128, "num_warps": 4}
+        values |= {"T": 64}
+    return scores, values
+
+
+def even_parts(programs, tiles, slots):
+    """Into how many parts to cut each of `programs` loops over tiles, so that all end together.
+
+    At most `slots` programs run at a time; the result needs the fewest tiles one after another.
+    """
+    def tiles_in_turn(parts):
+        return triton.cdiv(programs * parts, slots) * triton.cdiv(tiles, parts)
+    return min(range(1, tiles + 1), key=tiles_in_turn)
 
 
 def latent_scores(q, keys, up, cos, sin, position, sinks, window, tiles):
     """Scores (B, S, H) in float32 of rotated queries q (B, H, d) and all latents of keys."""
     (B, H, d), (N, d_k), bits = q.shape, up.shape, 16 if len(keys) == 1 else 4
-    G, S, T = N // d, keys[0].shape[1] * (16 // bits if bits == 16 else 2), tiles["T"]
+    G, S, T = N // d, keys[0].shape[1] * (1 if bits == 16 else 2), tiles["T"]
     tiles = tiles | {"HEADS": min(tiles["HEADS"], power(G))}
-    programs = processors(q)
+    blocks = triton.cdiv(G, tiles["HEADS"]) if bits == 16 else 1
+    parts = even_parts(B * blocks, triton.cdiv(S, T), processors(q))
+    rows = keys[0] if bits == 16 else q.new_empty(B * parts * T, d_k)
     scores = q.new_empty(B, S, H, dtype=torch.float32)
-    c_k, codes = (keys[0], keys * 4) if bits == 16 else (q.new_empty(programs * T, d_k), keys)
-    tiles_of_c = TensorDescriptor(c_k, [c_k.numel() // d_k, d_k], [d_k, 1], [T, tiles["CHANNELS"]])
+    tiles_of_c = TensorDescriptor(rows, [rows.numel() // d_k, d_k], [d_k, 1],
+                                  [T, tiles["CHANNELS"]])
     tiles_of_up = TensorDescriptor(up, [N, d_k], [up.stride(0), 1],
                                    [tiles["HEADS"] * d, tiles["CHANNELS"]])
-    score_kernel[(programs,)](
-        scores, q, c_k, tiles_of_c, tiles_of_up, cos, sin, position, *codes, B, S, sinks,
+    score_kernel[(blocks, parts, B)](
+        scores, q, tiles_of_c, rows, tiles_of_up, cos, sin, position, *(keys * 4)[:4], S, sinks,
         sinks + window, G=G, R=H // G, d=d, d_k=d_k, Q=power(tiles["HEADS"] * (H // G), 16),
         BITS=bits, **tiles)
     return scores
@@ -346,12 +361,12 @@ def sum_latents(q, scores, values, position, exact, tiles):
     (B, S, H), d_v = scores.shape, values[0].shape[-1]
     channels = min(tiles["CHANNELS"], power(d_v, 16))
     blocks, bits = triton.cdiv(d_v, channels), 16 if len(values) == 1 else 4
-    parts = max(1, min(2 * processors(q) // (B * blocks), S // (4 * tiles["T"])))
+    parts = max(1, min(2 * processors(q) // (B * blocks), triton.cdiv(S, 2 * tiles["T"])))
     sums = q.new_empty(B, parts, H, d_v, dtype=torch.float32)
     maxima, totals = q.new_empty(2, B, parts, H, dtype=torch.float32)
-    codes = values * 4 if bits == 16 else values
     value_kernel[(blocks, parts, B)](
-        sums, maxima, totals, scores, values[0], position, *codes, S, exact, H=H, d_v=d_v,
+        sums, maxima, totals, scores, values[0], position, *(values * 4)[:4], S, exact, H=H,
+        d_v=d_v,
         Q=power(H, 16), BITS=bits, **tiles | {"CHANNELS": channels})
     return sums, maxima, totals
 
@@ -382,7 +397,9 @@ def attend_latents(q: torch.Tensor, keys: list[torch.Tensor], values: list[torch
     Returns normalized sums of value latents (B, H, d_v) and of exact values (B, H, d or 0).
     """
     q = q.contiguous()
-    score_tiles, value_tiles = tile_options(q.dtype, q.shape[-1])
+    tokens = len(q) * keys[0].shape[1] * (1 if len(keys) == 1 else 2)
+    few = tokens < 32 * processors(q)
+    score_tiles, value_tiles = tile_options(q.dtype, q.shape[-1], few)
     scores = latent_scores(q, keys, up, cos, sin, position, sinks, window, score_tiles)
     parts = sum_latents(q, scores, values, position, sinks + window, value_tiles)
     return combine(q, *parts, up.shape[0] // q.shape[-1], cos, sin, position, exact, sinks, window)

@@ -220,12 +220,16 @@ def compress_for_loss(args, llama, tokens, context):
     window = tokens[None, :context]
     finite(llama.hidden(window, lorc.new_caches(llama, "full", window.shape[1])))
     try:
-        return lorc.compress_for_loss(llama, tokens, args.kept, sinks=args.sinks,
-                                      window=args.window, context=context)
-    except (ValueError, torch.linalg.LinAlgError):          # of matrices with NaN or infinity
+        plan, bases = lorc.compress_for_loss(llama, tokens, args.kept, sinks=args.sinks,
+                                             window=args.window, context=context)
+        usable = all(basis.up.isfinite().all() for pair in bases if pair for basis in pair)
+    except (ValueError, torch.linalg.LinAlgError):              # of a matrix that is not finite
+        usable = False
+    if not usable:
         name = str(llama.norm.weight.dtype).removeprefix("torch.")
-        raise UserError(f"the gradients of the loss overflow in {name}; give another --dtype, or "
-                        "--basis whitened, which needs none") from None
+        raise UserError(f"the gradients of the loss overflow or vanish in {name}; give another "
+                        "--dtype, or --basis whitened, which needs none")
+    return plan, bases
 
 
 def calibration_tokens(args, llama, tokenizer):
