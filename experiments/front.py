@@ -50,7 +50,7 @@ def latent_bytes(row):
 
 
 def trained(result):
-    """Rows from distill.py's results on the texts of one of this script's, if there are any."""
+    """Rows from distill.py's results, those that have both texts of one of this script's."""
     c = shared.model.Config(             # its MLP and vocabulary do not matter here
         vocab=8, width=result["width"], layers=result["layers"], heads=result["heads"],
         kv_heads=result["kv_heads"], head_dim=result["head_dim"], mlp=8,
@@ -61,7 +61,8 @@ def trained(result):
         found = run["perplexity"].get(result["text"])
         second = run["perplexity"].get(result.get("second_text"), {})
         ranks = [tuple(pair) for pair in run["ranks"]]
-        if not found or (len(ranks), found["tokens"]) != (c.layers, result["tokens"]):
+        if (not found or "second_text" in result and not second
+                or (len(ranks), found["tokens"]) != (c.layers, result["tokens"])):
             continue
         for bits, key in ((16, "after"), (4, "after, 4 bits")):
             row = {"label": f"trained, {bits} bits", "kept": round(run["kept"], 5),
@@ -79,11 +80,11 @@ def trained(result):
 # label: color, marker, dashes; then index of the point that the name stands at, offset in points,
 # side. AT_POINTS: what is written at each point, from its row; offset, side
 CURVES = {
-    "quantization alone": ("#000000", "s", "-", (0, (2, 14), "left")),
+    "quantization alone": ("#000000", "s", "-", (0, (-4, 9), "left")),
     "calibrated, 4 bits": ("#8a8a8a", "v", "--", (0, (8, 2), "left")),
-    "loss metric, 16 bits": ("#6fa8dc", "o", "-", (3, (9, 4), "left")),
-    "loss metric, 4 bits": ("#1f5fa8", "o", "-", (-1, (8, -4), "left")),
-    "trained, 4 bits": ("#d95f02", "D", ":", (1, (7, 4), "left"))}
+    "loss metric, 16 bits": ("#6fa8dc", "o", "-", (2, (8, 6), "left")),
+    "loss metric, 4 bits": ("#1f5fa8", "o", "-", (-1, (6, -14), "left")),
+    "trained, 4 bits": ("#d95f02", "D", ":", (0, (-8, -12), "left"))}
 AT_POINTS = {"quantization alone": (lambda row: f"{row['bits']} bits", (7, 2), "left"),
              "loss metric, 4 bits": (lambda row: f"{row['wanted']:g}", (-6, -9), "right")}
 TOP = 130           # of the vertical axis, in percent

@@ -78,7 +78,7 @@ def plot(found):
         columns = list(dict.fromkeys((row["wanted"], row["ranks"]) for row in rows))
         yield f"metric-{name}", shared.markdown(
             ["basis", *(f"{kept} kept, {ranks}" for kept, ranks in columns)],
-            [[label, *(shared.percent_above(of[label, *column], full) for column in columns)]
+            [[label, *(shared.percent_above(of.get((label, *column)), full) for column in columns)]
              for label in dict.fromkeys(row["label"] for row in rows)])
 
 

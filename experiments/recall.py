@@ -36,9 +36,9 @@ from study import model
 
 NEEDS_DATA = True
 RECORDS = 200
-LINES = (5, 20, 40)
-RANKED = 5                    # the rank is measured in records of at most so many lines
-WINDOWS = (2, 32, 128, 256)
+LINES = (5, 10, 20, 40)
+RANKED = 10                   # the rank is measured in records of at most so many lines
+WINDOWS = (2, 8, 32, 128, 256)
 WINDOW_LINES, WINDOW_KEPT = 20, 0.2
 TOKENS = {"cuda": 2**16, "cpu": 2**12}    # of prompts that are read at a time
 SEQUENCES = 2**10             # numbers that are fed at a time
@@ -239,26 +239,36 @@ def name_of(row):
 def plot(found):
     for name, result in found.items():
         yield f"recall-{name}", table([row for row in result["rows"] if "part" not in row])
-        yield f"recall-window-{name}", window_table(
-            [row for row in result["rows"] if "part" in row])
+        if windows := [row for row in result["rows"] if "part" in row]:
+            yield f"recall-window-{name}", window_table(windows)
     yield "recall", picture(list(found.values())[-1])
 
 
+def with_error(row, key, digits="{:.3f}"):
+    """A number with its standard error, or a dash where it was not measured."""
+    if row is None or key not in row:
+        return "–"
+    error = f" ± {row[key + '_se']:.3f}" if key + "_se" in row else ""
+    return digits.format(row[key]) + error
+
+
 def table(rows):
-    """One line a cache: exact matches and nats for each number of lines, and the rank in the
-    longest record where it was measured."""
+    """One line a cache: exact matches, nats, and nats above the full cache's, for each number of
+    lines; and the rank in the longest records where it was measured."""
     lines = sorted({row["lines"] for row in rows})
-    longest = max(row["lines"] for row in rows if "rank" in row)
+    ranked = [row["lines"] for row in rows if "rank" in row]
+    header = ["cache", *(f"exact, {n} lines" for n in lines),
+              *(f"nats per digit, {n} lines" for n in lines),
+              *(f"above full, {n} lines" for n in lines)]
+    if ranked:
+        header.append(f"mean rank among {max(ranked)}")
     out = []
     for name in dict.fromkeys(map(name_of, rows)):
         of = {row["lines"]: row for row in rows if name_of(row) == name}
-        out.append([name, *(f"{of[n]['exact']:.3f} ± {of[n]['exact_se']:.3f}" for n in lines),
-                    *(f"{of[n]['nats']:.3f} ({of[n]['nats_above']:+.3f} ± "
-                      f"{of[n]['nats_above_se']:.3f})" for n in lines),
-                    f"{of[longest]['rank']:.2f} ± {of[longest]['rank_se']:.2f}"])
-    return shared.markdown(["cache", *(f"exact, {n} lines" for n in lines),
-                            *(f"nats per digit, {n} lines (above full)" for n in lines),
-                            f"mean rank of {longest}"], out)
+        cells = [with_error(of.get(n), key, digits) for key, digits in (
+            ("exact", "{:.3f}"), ("nats", "{:.3f}"), ("nats_above", "{:+.3f}")) for n in lines]
+        out.append([name, *cells, *([with_error(of.get(max(ranked)), "rank")] if ranked else [])])
+    return shared.markdown(header, out)
 
 
 def window_table(rows):
@@ -270,20 +280,25 @@ def window_table(rows):
 
 
 def picture(result):
-    """Nats per digit against the lines of a record, and exact matches against the window."""
-    fig, axes = shared.pyplot().subplots(1, 2, figsize=(7.2, 3.2), layout="constrained")
-    shown = [row | {"label": name_of(row)} for row in result["rows"] if "part" not in row
-             and (row["label"], row.get("bits")) in PICTURED]
-    shared.lines(axes[0], shown, "lines", "nats")
-    axes[0].set(xlabel="lines of a record", ylabel="nats per digit of the right number")
-    windows = [row for row in result["rows"] if "window" in row]
-    shared.lines(axes[1], windows, "window", "exact")
-    full = next(row for row in result["rows"] if "part" in row and row["cache"] == "full")
-    axes[1].axhline(full["exact"], color="0.6", linewidth=2.5, zorder=0, label="full cache")
-    axes[1].set(xlabel=f"window (tokens), {WINDOW_KEPT:g} kept", xscale="log",
-                ylabel=f"exact matches, {WINDOW_LINES} lines")
-    shared.plain_numbers(axes[1].xaxis)
-    for ax in axes:
+    """Nats per digit against the lines of a record; exact matches against the window, if measured.
+    """
+    parts = [[row | {"label": name_of(row)} for row in result["rows"] if "part" not in row
+              and (row["label"], row.get("bits")) in PICTURED],
+             [row for row in result["rows"] if "window" in row]]
+    n = 2 if parts[1] else 1
+    fig, axes = shared.pyplot().subplots(1, n, figsize=(4.2 * n, 3.4), squeeze=False,
+                                         layout="constrained")
+    shared.lines(axes[0, 0], parts[0], "lines", "nats")
+    axes[0, 0].set(xlabel="lines of a record", ylabel="nats per digit of the right number")
+    if parts[1]:
+        ax = axes[0, 1]
+        shared.lines(ax, parts[1], "window", "exact")
+        full = next(row for row in result["rows"] if "part" in row and row["cache"] == "full")
+        ax.axhline(full["exact"], color="0.6", linewidth=2.5, zorder=0, label="full cache")
+        ax.set(xlabel=f"window (tokens), {WINDOW_KEPT:g} kept", xscale="log",
+               ylabel=f"exact matches, {WINDOW_LINES} lines")
+        shared.plain_numbers(ax.xaxis)
+    for ax in axes.flat:
         ax.legend()
     return fig
 

@@ -36,7 +36,7 @@ from study import lorc
 
 NEEDS_DATA = True
 SHOTS = 5                     # answered questions before a question
-QUESTIONS = 200               # of BoolQ and of OpenBookQA
+QUESTIONS = 250               # of BoolQ and of OpenBookQA
 PROBLEMS = 200                # of GSM8K
 PROMPT, ANSWER = 768, 128     # tokens of a prompt and of an answer in GSM8K
 AT_ONCE = 200                 # problems that are answered in one batch
@@ -189,16 +189,18 @@ def plot(found):
         for label in CACHES:
             line = [label]
             for task in tasks:
-                line += cells(of[label, task])
+                line += cells(of.get((label, task), {}))
             lines.append(line)
         yield f"tasks-{name}", shared.markdown(header, lines)
 
 
 def cells(row):
     """Of one cache and task: accuracy with its standard error, agreement, and kappa."""
-    return [f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_se']:.1f}",
-            f"{100 * row['agreement']:.1f} %",
-            "–" if row["kappa"] is None else f"{row['kappa']:.2f}"]
+    accuracy = (f"{100 * row['accuracy']:.1f} ± {100 * row['accuracy_se']:.1f}"
+                if "accuracy" in row else "–")
+    agreement = (f"{100 * row['agreement']:.1f} ± {100 * row['agreement_se']:.1f} %"
+                 if "agreement" in row else "–")
+    return [accuracy, agreement, f"{row['kappa']:.2f}" if row.get("kappa") is not None else "–"]
 
 
 if __name__ == "__main__":
