@@ -287,15 +287,20 @@ def combine_kernel(latent_sums, exact_sums, sums, maxima, totals, q, cos, sin, p
 
 # The three kernels together -----------------------------------------------------------------------
 
+FEWEST_TOKENS = 2**14                   # in all sequences; with fewer, the plain step is used
+
+
 def supports(up, d, latents) -> bool:
-    """Whether a compiled step can use attend_latents: up (G*d, d_k), heads of size d, and the
+    """Whether a compiled step should use attend_latents: up (G*d, d_k), heads of size d, and the
     buffer of latents c_k or of their codes.
 
-    The kernels divide a head into halves and into tiles whose sizes are powers of two. The
-    hardware's loads of tiles need rows of a multiple of 16 bytes.
+    The kernels divide a head into halves and into tiles whose sizes are powers of two, and the
+    hardware's loads of tiles need rows of a multiple of 16 bytes. A few tokens do not fill the
+    tiles and the multiprocessors.
     """
+    tokens = latents.shape[0] * latents.shape[1] * (2 if latents.dtype == torch.uint8 else 1)
     return (up.dtype in (torch.float16, torch.bfloat16) and d in (32, 64, 128, 256)
-            and up.shape[1] % 8 == 0 and latents.numel() > 0)
+            and up.shape[1] % 8 == 0 and tokens >= FEWEST_TOKENS)
 
 
 def power(n, least=1):
