@@ -3,12 +3,13 @@
     python experiments/bench.py --model PATH --device cpu --dtype float32
     python experiments/bench.py --model PATH --context 512
     python experiments/bench.py --shape llama-3-8b --batch 64 --context 2048 --transformers none \\
-        --how compiled fused --caches full compressed@0.5 compressed@0.25 bibranch-4bit@0.4
+        --caches full:compiled compressed@0.5:compiled compressed@0.5:fused bibranch-4bit@0.25:fused
 
 All contenders run in one process, in turn, for several rounds; each number is the median over all
 steps. A step ends when its token has reached the host. A contender is a cache and the way its step
 is computed: uncompiled (eager), compiled by PyTorch alone (compiled), or compiled with the kernels
-of runtime/fused.py (fused), where these serve the cache. NAME@KEPT sets the fraction of one cache.
+of runtime/fused.py (fused), where these serve the cache. NAME@KEPT:HOW sets the fraction and the way for
+one cache.
 transformers is timed with its default cache and with its static cache, which it compiles on CUDA.
 
 `share` is (weights + cache bytes) / (time * bandwidth). The bandwidth is measured in the same run,
@@ -43,6 +44,7 @@ CACHES = {"full": ("full", 16, False), "compressed": ("compressed", 16, False),
           "commuting": ("compressed", 16, True), "bibranch": ("bibranch", 16, False),
           "bibranch-4bit": ("bibranch", 4, False), "bibranch-commuting": ("bibranch", 16, True),
           "bibranch-commuting-4bit": ("bibranch", 4, True)}
+HOW = ["eager", "compiled", "fused"]
 WARM = 4              # steps left out at the start of every run: compiling, recording
 
 
@@ -152,7 +154,9 @@ def ours(llama, contender, how, args):
 
 def contenders(args):
     """(cache, how) of every row; the kernels do not serve every cache."""
-    return [(name, how) for name in args.caches for how in args.how
+    pairs = [(name, how) for cache in args.caches for name, _, own in [cache.partition(":")]
+             for how in ([own] if own else args.how)]
+    return [(name, how) for name, how in pairs
             if how != "fused" or not ("commuting" in name or name == "full")]
 
 
@@ -222,11 +226,13 @@ def measure(args, llama):
 
 
 def contender(text):
-    """NAME or NAME@KEPT, checked."""
-    name, _, kept = text.partition("@")
-    if name not in CACHES or not 0 < float(kept or 1) <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME or NAME@KEPT, such as full or "
-                                         f"compressed@0.25; names: {', '.join(CACHES)}")
+    """NAME[@KEPT][:HOW], checked."""
+    cache, _, how = text.partition(":")
+    name, _, kept = cache.partition("@")
+    if name not in CACHES or not 0 < float(kept or 1) <= 1 or how not in ("", *HOW):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NAME[@KEPT][:HOW], such as full or compressed@0.25:fused; "
+            f"names: {', '.join(CACHES)}; ways: {', '.join(HOW)}")
     return text
 
 
@@ -241,10 +247,10 @@ def command_line():
     p.add_argument("--rounds", type=int, default=3, help="The first is left out.")
     p.add_argument("--kept", type=float, default=0.5)
     p.add_argument("--split", type=float, default=0.0, help="As lorc.py's: from keys to values.")
-    p.add_argument("--caches", nargs="+", type=contender, metavar="NAME[@KEPT]",
+    p.add_argument("--caches", nargs="+", type=contender, metavar="NAME[@KEPT][:HOW]",
                    default=["full", "compressed", "bibranch", "bibranch-4bit"],
                    help=", ".join(CACHES))
-    p.add_argument("--how", nargs="+", choices=["eager", "compiled", "fused"],
+    p.add_argument("--how", nargs="+", choices=HOW,
                    default=["eager", "compiled"])
     p.add_argument("--transformers", nargs="+", choices=["dynamic", "static", "none"], default=["dynamic", "static"])
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -79,11 +79,11 @@ def trained(result):
 # label: color, marker, dashes; then index of the point that the name stands at, offset in points,
 # side. AT_POINTS: what is written at each point, from its row; offset, side
 CURVES = {
-    "quantization alone": ("#000000", "s", "-", (-1, (10, 12), "left")),
+    "quantization alone": ("#000000", "s", "-", (0, (2, 14), "left")),
     "calibrated, 4 bits": ("#8a8a8a", "v", "--", (0, (8, 2), "left")),
-    "loss metric, 16 bits": ("#6fa8dc", "o", "-", (3, (4, 8), "left")),
+    "loss metric, 16 bits": ("#6fa8dc", "o", "-", (3, (9, 4), "left")),
     "loss metric, 4 bits": ("#1f5fa8", "o", "-", (-1, (8, -4), "left")),
-    "trained, 4 bits": ("#d95f02", "D", ":", (0, (-8, -12), "left"))}
+    "trained, 4 bits": ("#d95f02", "D", ":", (1, (7, 4), "left"))}
 AT_POINTS = {"quantization alone": (lambda row: f"{row['bits']} bits", (7, 2), "left"),
              "loss metric, 4 bits": (lambda row: f"{row['wanted']:g}", (-6, -9), "right")}
 TOP = 130           # of the vertical axis, in percent
@@ -132,7 +132,7 @@ def panel(ax, rows, key):
                 ax.annotate(words(row), point, xytext=offset, fontsize=7, color=color,
                             textcoords="offset points", ha=side)
     out_of_range(ax, [row for row in rows if row["label"] == "LoRC, Eq. 13"], percent)
-    ax.set(yscale="log", ylim=(0.8 * shared.FLOOR, TOP), xlim=(0, 62))
+    ax.set(yscale="log", ylim=(0.8 * shared.FLOOR, TOP), xlim=(0, 66))
     shared.plain_numbers(ax.yaxis)
 
 

@@ -36,9 +36,9 @@ from study import model
 
 NEEDS_DATA = True
 RECORDS = 200
-LINES = (5, 10, 20, 40)
-RANKED = 10                   # the rank is measured in records of at most so many lines
-WINDOWS = (2, 8, 32, 128, 256)
+LINES = (5, 20, 40)
+RANKED = 5                    # the rank is measured in records of at most so many lines
+WINDOWS = (2, 32, 128, 256)
 WINDOW_LINES, WINDOW_KEPT = 20, 0.2
 TOKENS = {"cuda": 2**16, "cpu": 2**12}    # of prompts that are read at a time
 SEQUENCES = 2**10             # numbers that are fed at a time

@@ -39,7 +39,7 @@ from cache import GROUP, Basis, BiBranchCache, affine_codes        # noqa: E402
 from record import provenance                                      # noqa: E402
 
 CALIBRATION = 2**15       # tokens of --calibrate that second moments of inputs are taken over
-LOSS_TOKENS = 2**17       # tokens of --calibrate that the metric of the loss is measured on
+LOSS_TOKENS = 2**17       # default of --loss-tokens
 AT_ONCE = {"cuda": 2**14}   # tokens of windows that are scored in one batch; elsewhere one window
 SINKS = 4                 # positions of each window that neither of them uses
 
@@ -129,7 +129,7 @@ class Study:
             return self.moments("whitened")
         tokens = CALIBRATION
         if basis == "whitened, more text":
-            basis, tokens = "whitened", LOSS_TOKENS
+            basis, tokens = "whitened", self.args.loss_tokens
         return lorc.calibrated_moments(self.llama, self.text if held_out else self.calibration,
                                        basis, SINKS, self.context, self.windows(tokens))
 
@@ -137,7 +137,7 @@ class Study:
     def fisher_factors(self):
         """(C, M) of the keys and of the values of each layer, in the metric of the loss."""
         return lorc.fisher_factors(self.llama, self.calibration, sinks=SINKS,
-                                   context=self.context, windows=self.windows(LOSS_TOKENS))
+                                   context=self.context, windows=self.windows(self.args.loss_tokens))
 
     @functools.cache
     def loss_ranks(self, kept):
@@ -370,6 +370,8 @@ def command_line(about, several):
     add("--text", metavar="FILE", help="Text to score.")
     add("--second", metavar="FILE", help="A text of another kind, scored too.")
     add("--calibrate", metavar="FILE", help="Another text, for bases and metrics that need one.")
+    add("--loss-tokens", type=int, default=LOSS_TOKENS, metavar="N", help="Tokens of --calibrate that"
+        " the metric of the loss is measured on. Default: 131072.")
     add("--data", type=Path, metavar="DIR", help="Folder of the questions of recall.py and tasks.py"
         " (longeval/, boolq/, openbookqa/, gsm8k/); without it these two are left out.")
     add("--tokens", type=int, default=2**14, metavar="N", help="Tokens to score. Default: 16384.")

@@ -36,7 +36,7 @@ from study import lorc
 
 NEEDS_DATA = True
 SHOTS = 5                     # answered questions before a question
-QUESTIONS = 250               # of BoolQ and of OpenBookQA
+QUESTIONS = 200               # of BoolQ and of OpenBookQA
 PROBLEMS = 200                # of GSM8K
 PROMPT, ANSWER = 768, 128     # tokens of a prompt and of an answer in GSM8K
 AT_ONCE = 200                 # problems that are answered in one batch
