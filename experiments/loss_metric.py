@@ -4,6 +4,7 @@
     seed 0, 1, 2            bases from --calibrate; the labels are drawn with this seed
     8, 16, 32 windows       seed 0, with fewer windows of text (seed 0 has 64)
     bundled text            the text in runtime/calibration.txt instead of --calibrate
+    asvd, whitened          these bases with one rank for all layers, for comparison
     no exact tokens, BASIS  neither sinks nor window: all keys and values that a query reads are
                             compressed, as in most other papers; `loss` beside `svd`, `asvd` and
                             `whitened` with one rank for all layers
@@ -25,7 +26,7 @@ import theory
 from runtime.cli import BUNDLED_TEXT
 from study import lorc
 
-KEPT = (0.5, 0.4, 0.3, 0.2, 0.1)
+KEPT = (0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 KEPT_WINDOWS = (0.4, 0.2)
 KEPT_EXACT = (0.8, 0.6, 0.5, 0.4, 0.3, 0.2)      # without exact tokens
 SEEDS, WINDOWS = (0, 1, 2), (8, 16, 32)
@@ -102,6 +103,8 @@ def measure(study):
         rows += rows_of(study, f"{n} windows", measured, KEPT_WINDOWS)
     measured = fisher_factors(study, study.encode(BUNDLED_TEXT))
     rows += rows_of(study, "bundled text", measured, KEPT, (16, 4), second=True)
+    rows += [study.row(basis, kept, basis, "bibranch") for basis in ("asvd", "whitened")
+             for kept in KEPT]
     return rows + without_exact_tokens(study)
 
 
