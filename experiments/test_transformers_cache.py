@@ -505,6 +505,7 @@ def used(hf, bases, ids):
         hf, ids.expand(2, -1), used(hf, bases, ids)),
     "sliding_window of 8": lambda hf, bases, ids, small: LowRankCache.from_model(
         transformers.MistralForCausalLM(transformers.MistralConfig(**RAW | {"sliding_window": 8}))),
+    "LlamaModel lacks a parameter": lambda hf, bases, ids, small: LowRankCache(hf.model, bases),
     "'gpt2'": lambda hf, bases, ids, small: LowRankCache(transformers.GPT2LMHeadModel(
         transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)), [None]),
 }.items())

@@ -51,7 +51,8 @@ ANOTHER_MODEL = "this LowRankCache was made for another model; make one from the
 def as_llama(hf):
     """A model.Llama that shares the weights of the transformers model `hf`.
 
-    Raises ValueError for a model that model.py does not compute, such as one with a sliding window.
+    Raises ValueError for a model that model.py does not compute, such as one with a short sliding
+    window.
     """
     kind = getattr(hf.config, "model_type", None)
     if kind not in ("llama", "mistral"):
@@ -63,8 +64,12 @@ def as_llama(hf):
         config = llama_model.read_config(folder)
     with torch.device("meta"):
         llama = llama_model.Llama(config)
-    state = {name: hf.get_parameter(llama_model.hf_name(name)).detach()
-             for name, _ in llama.named_parameters()}
+    try:
+        state = {name: hf.get_parameter(llama_model.hf_name(name)).detach()
+                 for name, _ in llama.named_parameters()}
+    except AttributeError as e:
+        raise ValueError("LowRankCache serves LlamaForCausalLM and MistralForCausalLM, and this "
+                         f"{type(hf).__name__} lacks a parameter: {e}") from None
     llama.load_state_dict(state, strict=False, assign=True)
     return llama.requires_grad_(False)
 
@@ -162,7 +167,7 @@ class Batch:
             self.add((new & (keys == key).all(1)).nonzero()[:, 0])
         started = (self.start >= 0)[:, None] & (column >= self.start[:, None])
         if not torch.equal(started, real):
-            raise ValueError("the attention mask hides tokens behind a row's first; LowRankCache "
+            raise ValueError("the attention mask hides tokens after a row's first; LowRankCache "
                              "needs padding on the left: tokenizer.padding_side = 'left'")
         if (started & (positions != column + self.shift[:, None])).any():
             raise ValueError("position_ids must count up by one along each row")
@@ -215,8 +220,8 @@ class StoredRows(Buffers):
         self.position, self.sinks, self.window = position, sinks, window
         self.exact_prompt, self.length = exact_prompt, 0
         self.sink_k, self.sink_v, self.window_k, self.window_v = (k[:, :0] for _ in range(4))
-        store = Latents if bits == 16 else QuantizedLatents
-        self.c_k, self.c_v = (store(len(k), GROUP, b.d_c, b.down) for b in pair)
+        store, capacity = (Latents, 0) if bits == 16 else (QuantizedLatents, GROUP)
+        self.c_k, self.c_v = (store(len(k), capacity, b.d_c, b.down) for b in pair)
 
     def update(self, k, v, rope):
         """Store k, v (B, T, G, d), and return the keys and values that these tokens attend to."""
@@ -252,7 +257,7 @@ class StoredRows(Buffers):
     def read(self, rope):
         """All keys, rotated, and values (B, S, G, d), in the order of the text.
 
-        They are written into one tensor each, because torch.cat is slow for large CUDA tensors.
+        They are written into one tensor each, so that few large temporary tensors exist at a time.
         """
         B, first, G, d = self.sink_k.shape
         k, v = self.sink_k.new_empty(2, B, self.length, G, d)
