@@ -11,9 +11,8 @@ with 16 and with 4 bits.
 
 Reading order, which is the order of events:
     read_windows         texts -> training windows; the last tenth of each text is held out
-    sensitivities        G, the second moment of the loss gradient with respect to k~ and v~
-    allocate             d_c of all layers, keys and values, by one sort of all singular values
-    Factor               one basis, in the coordinates where C and G are the identity
+    start                bases and ranks in the metric of the loss, as in lorc.compress_for_loss
+    Factor               one basis, in coordinates where all directions matter equally
     divergence, train    the loss; AdamW, cosine, early stop, checkpoints
     picks                multiple-choice questions, answered by likelihood
     measure              full model, start and trained factors, on texts that were not trained on
@@ -45,7 +44,7 @@ from cache import Basis                                            # noqa: E402
 from record import provenance                                      # noqa: E402
 
 SINKS = 4             # as BiBranchCache has them: these positions stay exact and are not measured
-CALIBRATION = 32      # windows that C and G are taken over
+CALIBRATION = 64      # windows that the start is measured on
 PATIENCE = 6          # validations without a new best, after which training stops
 SHOTS = 5             # answered questions in front of each question
 
@@ -80,94 +79,43 @@ def bibranch(llama, capacity, bases, bits, B=1):
     return lorc.new_caches(llama, "bibranch", capacity, bases, B, bits=bits, simulate_decoding=True)
 
 
-class Watched(Basis):
-    """The identity as a basis; adds g g^T to `total` for the gradient g of each key it expands."""
-
-    def reconstruct(self, c, d):
-        k = super().reconstruct(c, d).requires_grad_()                  # (B, T, G, d)
-        k.register_hook(self.add)
-        return k
-
-    def add(self, g):
-        g = g.flatten(2).flatten(0, 1).double()
-        self.total.add_(g.T @ g)
-
-
-def sensitivities(llama, windows):
-    """G = E[g g^T] of each layer's keys, before rotation, and values: (L, 2, G*d, G*d) in float64.
-
-    g is the gradient of a window's nats with respect to what latents stand in for: one token's key
-    or value as the tokens see it that come when it has left the window. So e^T G e is what an error
-    e costs. The gradient through all that see it, which is mostly its neighbours, is a worse guide.
-    """
-    d_max = llama.config.kv_width
-    sums = windows.new_zeros(len(llama.layers), 2, d_max, d_max, dtype=torch.float64)
-    identity = torch.eye(d_max, device=windows.device)
-    bases = [(Watched(identity, identity), Watched(identity, identity)) for _ in llama.layers]
-    for pair, totals in zip(bases, sums):
-        for basis, total in zip(pair, totals):
-            basis.total = total
-    for x in windows:
-        h = llama.hidden(x[None], bibranch(llama, len(x), bases, 16))[0]
-        F.cross_entropy(llama.head(h[:-1]), x[1:], reduction="sum").backward()
-    return sums / windows[:, SINKS:].numel()
-
-
-def roots(S):
-    """S^(1/2) and S^(-1/2) of a second moment, no eigenvalue below 1/1000 of their mean."""
-    lam, Q = torch.linalg.eigh(S)
-    lam = lam.clamp(min=1e-3 * lam.mean())
-    return Q * lam.sqrt() @ Q.T, Q / lam.sqrt() @ Q.T
-
-
-def allocate(spectra, kept):
-    """d_c for each of `spectra`, each (G*d,) and falling: the largest values of all are kept."""
-    values = torch.cat(spectra).sort(descending=True).values
-    cut = values[max(1, int(kept * len(values))) - 1]
-    return [max(1, int((lam >= cut).sum())) for lam in spectra]
-
-
 class Factor(nn.Module):
-    """One basis of W x, in coordinates where both its inputs and the cost of its errors are white.
+    """One basis, as two trained matrices A and B: down = A L^-1 and up = R^-T B.
 
-    With k' = (W C W^T)^(-1/2) k, whose second moment is I, and e' = G^(1/2) e, whose square is what
-    an error costs, the best map from k' to k~' of rank d_c is a truncated SVD, U S V^T. That is the
-    start: A = S^(1/2) V^T and B = U S^(1/2), where down = A (W C W^T)^(-1/2), up = G^(-1/2) B.
-    A step of AdamW means about as much in every direction of A and B, which in down and up it would
-    not: keys and values are large in few directions and small in most.
+    C = L L^T and M = R R^T are the factors of lorc.fisher_factors. The best map of rank d_c is then
+    R^-T U S V^T L^-1, with a truncated singular value decomposition U S V^T of R^T L (the proof of
+    theory.expected_error). This is the start: A = S^1/2 V^T and B = U S^1/2. A step of AdamW
+    changes all entries of A and B by about the same amount, and the loss by about the same amount
+    in every direction. Entries of down and up would not have this property, because keys and values
+    are large in few directions and small in most.
     """
 
-    def __init__(self, W, C, G, d_c):
+    def __init__(self, C, M, d_c):
         super().__init__()
-        W = W.double()
-        (g, g_inverse), (k, k_inverse) = roots(G), roots(W @ C @ W.T)
-        lam, U = lorc.spectrum(g @ W, C)
-        S, U = lam[:d_c].sqrt().clamp(min=1e-6 * lam[0].sqrt()), U[:, :d_c]
-        size = S.square().mean().sqrt()                            # goes to up: S is about 1
-        self.A = nn.Parameter((U.T @ g @ k / (S * size).sqrt()[:, None]).float())
-        self.B = nn.Parameter((U * (S / size).sqrt()).float())
-        self.register_buffer("whiten", k_inverse.float(), persistent=False)
-        self.register_buffer("colour", (size * g_inverse).float(), persistent=False)
+        L, R = torch.linalg.cholesky(C.double()), torch.linalg.cholesky(M.double())
+        U, S, Vt = torch.linalg.svd(R.T @ L)
+        S = S[:d_c, None]
+        scale = S.square().mean().sqrt()                    # moved to up, so that S is about 1
+        self.A = nn.Parameter(((S / scale).sqrt() * Vt[:d_c]).float())
+        self.B = nn.Parameter((U[:, :d_c] * (S / scale).sqrt().T).float())
+        self.register_buffer("before", L.inverse().float(), persistent=False)
+        self.register_buffer("after", (scale * R.T.inverse()).float(), persistent=False)
 
     def forward(self):
-        return Basis(self.A @ self.whiten, self.colour @ self.B)
+        return Basis(self.A @ self.before, self.after @ self.B)
 
 
 def start(llama, windows, kept):
-    """The plan, and each layer's factors [K, V], or [] where the layer stays full."""
-    with torch.no_grad():
-        C = lorc.calibrated_moments(llama, windows.flatten(), "whitened", SINKS, windows.shape[1])
-    G, d_max = sensitivities(llama, windows), llama.config.kv_width
-    weights = [(layer.attn.Wk.weight, layer.attn.Wv.weight) for layer in llama.layers]
-    kappa = [tuple(map(lorc.log_kappa, pair)) for pair in weights]
-    d_c = allocate([lorc.spectrum(roots(g)[0] @ W.double(), c)[0]
-                    for pair, c, gs in zip(weights, C, G) for W, g in zip(pair, gs)], kept)
-    ranks = list(zip(d_c[::2], d_c[1::2]))
-    plan = lorc.Plan(kappa, lorc.log_kappa_tilde(kappa), ranks, d_max)
-    factors = [nn.ModuleList(Factor(W, c, g, d) for W, g, d in zip(pair, gs, dims)
-                             if dims != (d_max, d_max))
-               for pair, c, gs, dims in zip(weights, C, G, ranks)]
-    return plan, nn.ModuleList(factors)
+    """The plan of the loss metric, and a Factor for keys and for values of each layer that is not
+    full."""
+    factors = lorc.fisher_factors(llama, windows.flatten(), SINKS, context=windows.shape[1],
+                                  windows=len(windows))
+    ranks, kappas = lorc.sort_ranks(factors, kept), lorc.log_kappas(llama)
+    d_max = llama.config.kv_width
+    plan = lorc.Plan(kappas, lorc.log_kappa_tilde(kappas), ranks, d_max)
+    layers = [nn.ModuleList(Factor(C, M, d_c) for (C, M), d_c in zip(pair, dims)
+                            if dims != (d_max, d_max)) for pair, dims in zip(factors, ranks)]
+    return plan, nn.ModuleList(layers)
 
 
 def bases_of(factors):

@@ -19,14 +19,15 @@ import lorc_fig4
 import lorc_spectra
 import lorc_table1_fig3
 import lorc_tables2_3
+import loss_metric
 import metric
 import recall
 import study
 import tasks
 
 SCRIPTS = (lorc_spectra, lorc_fig4, lorc_tables2_3, lorc_fig2, lorc_table1_fig3, cskv_kept, front,
-           metric, allocation, recall, tasks, cskv_starts, cskv_bits, cskv_split, cskv_window,
-           commuting)
+           metric, loss_metric, allocation, recall, tasks, cskv_starts, cskv_bits, cskv_split,
+           cskv_window, commuting)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ def make_smaller(run_all):
         script.SPLITS = (0, 0.1)
     run_all.study.LOSS_TOKENS = 512
     run_all.front.KEPT_LORC = (0.6,)
+    run_all.loss_metric.SEEDS, run_all.loss_metric.WINDOWS = (0, 1), (1,)
+    run_all.loss_metric.KEPT = run_all.loss_metric.KEPT_EXACT = (0.6,)
+    run_all.loss_metric.KEPT_WINDOWS = (0.6,)
     run_all.recall.RECORDS, run_all.recall.LINES, run_all.recall.RANKED = 4, (2, 3), 2
     run_all.recall.WINDOWS, run_all.recall.WINDOW_LINES = (2, 32), 3
     run_all.tasks.QUESTIONS = run_all.tasks.PROBLEMS = 3
