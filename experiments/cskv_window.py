@@ -30,7 +30,7 @@ def plot(found):
         ax.set_xlim(left=-0.3)
         ticks = sorted({row["window"] for row in result["rows"] if "window" in row})[::2]
         ax.set_xticks(ticks, [str(t) for t in ticks])
-    shared.legend(fig, axes[0, -1])
+    shared.legend(fig, axes[0, 0])
     yield "cskv_window", fig
 
 

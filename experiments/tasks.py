@@ -16,6 +16,9 @@ The examples before a question are those that follow it in the file. BoolQ and O
 token as a token-by-token run would (`simulate_decoding`). GSM8K follows CSKV's rule: a prompt sees
 itself exactly, and the answer sees it as it is stored.
 
+Verdict, on SmolLM2 and BoolQ only so far: compressed caches agree with the full cache on 94 to 98 %
+of the answers, which tells them apart hardly; LoRC as printed agrees on 10 %.
+
     python experiments/tasks.py --model PATH --text FILE --calibrate OTHER_FILE --data DIR
 
 The files of DIR are those that evaluate.py lists. --text is not read by this script. Other tasks,
