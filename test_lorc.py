@@ -11,6 +11,7 @@ the papers are in runtime/ and experiments/.
 """
 import itertools
 import math
+import unittest.mock
 
 import numpy as np
 import pytest
@@ -987,28 +988,33 @@ def test_the_loss_metric_predicts_the_divergence_that_a_small_change_causes(real
         assert 0.25e-3 < sum(kl) / len(kl) < 4e-3
 
 
-@given(st.integers(2, 4), st.integers(1, 2), st.integers(0, 100), seeds)
-def test_one_sort_gives_the_ranks_of_the_least_predicted_divergence(m, layers, cut, seed):
-    """Against all ranks of the same sum, each at least 1. Kills: the smallest kept instead."""
-    factors = random_factors(np.random.default_rng(seed), m, layers)
+def test_the_predicted_divergence_is_half_of_what_is_dropped():
+    """C = diag(5, 3, 1), M = I for keys, 2 I for values; ranks (1, 2) drop 3 + 1 and 2."""
+    C, eye = tensor(5, 3, 1).diag(), torch.eye(3, dtype=torch.float64)
+    assert theory.predicted_divergence([((C, eye), (C, 2 * eye))], [(1, 2)]) == pytest.approx(3)
+
+
+@given(st.integers(2, 4), st.integers(1, 2), st.integers(1, 3), st.integers(0, 100), seeds)
+def test_one_sort_gives_the_ranks_of_the_least_predicted_divergence(m, layers, step, cut, seed):
+    """Against all ranks with the same sum that are multiples of `step`, as in wide models, and not
+    0. Kills: the smallest kept instead; sorted by the first eigenvalue of a step, or rounded after
+    a sort in steps of 1."""
+    factors = random_factors(np.random.default_rng(seed), m * step, layers)
     total = 2 * layers + cut % (2 * layers * (m - 1) + 1)
-    ranks = lorc.sort_ranks(factors, total / (2 * layers * m))
-    assert sum(d_k + d_v for d_k, d_v in ranks) == total
-    others = (list(zip(d[::2], d[1::2])) for d in itertools.product(range(1, m + 1),
-                                                                    repeat=2 * layers)
-              if sum(d) == total)
+    with unittest.mock.patch("lorc.rank_multiple", lambda d_max: step):
+        ranks = lorc.sort_ranks(factors, total / (2 * layers * m))
+    assert sum(d_k + d_v for d_k, d_v in ranks) == step * total
+    multiples = itertools.product(range(step, m * step + 1, step), repeat=2 * layers)
+    others = (list(zip(d[::2], d[1::2])) for d in multiples if sum(d) == step * total)
     best = theory.predicted_divergence(factors, ranks)
     assert all(best <= theory.predicted_divergence(factors, other) * TIGHT for other in others)
 
 
-def test_one_sort_keeps_multiples_in_wide_models(monkeypatch):
-    """Ranks are multiples of rank_multiple(d_max), here 4 of 16, and the least that can be kept is
-    said. Kills: ranks of one sort in steps of 1 that are rounded afterwards."""
+def test_one_sort_says_what_can_be_kept(monkeypatch):
+    """At least one step of each matrix."""
     monkeypatch.setattr(lorc, "rank_multiple", lambda d_max: 4)
     factors = random_factors(np.random.default_rng(0), 16, 3)
-    ranks = lorc.sort_ranks(factors, 0.45)
-    assert sum(map(sum, ranks)) == 4 * round(0.45 * 6 * 16 / 4)
-    assert all(d % 4 == 0 and d > 0 for pair in ranks for d in pair)
+    assert lorc.sort_ranks(factors, 0.25) == [(4, 4)] * 3
     with pytest.raises(model.UserError, match="0.25 to 1"):
         lorc.sort_ranks(factors, 0.2)
 

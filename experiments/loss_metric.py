@@ -2,7 +2,7 @@
 
     label                   what is measured
     seed 0, 1, 2            bases from --calibrate; the labels are drawn with this seed
-    8, 16, 32 windows       seed 0, with fewer windows of text (seed 0 has 64)
+    8, 16, 32, 64 windows   seed 0, with so few windows of text; seed 0 has those of --loss-tokens
     bundled text            the text in runtime/calibration.txt instead of --calibrate
     asvd, whitened          these bases with one rank for all layers, for comparison
     no exact tokens, BASIS  neither sinks nor window: all keys and values that a query reads are
@@ -29,13 +29,13 @@ from study import lorc
 KEPT = (0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 KEPT_WINDOWS = (0.4, 0.2)
 KEPT_EXACT = (0.8, 0.6, 0.5, 0.4, 0.3, 0.2)      # without exact tokens
-SEEDS, WINDOWS = (0, 1, 2), (8, 16, 32)
+SEEDS, WINDOWS = (0, 1, 2), (8, 16, 32, 64)
 EXACT = {"sinks": shared.SINKS, "window": 32}
 
 
 def fisher_factors(study, tokens, seed=0, windows=None, exact=EXACT):
     """The factors, and the seconds that they took."""
-    begun, windows = time.perf_counter(), windows or study.windows(shared.LOSS_TOKENS)
+    begun, windows = time.perf_counter(), windows or study.windows(study.args.loss_tokens)
     factors = lorc.fisher_factors(study.llama, tokens, context=study.context, windows=windows,
                                   seed=seed, **exact)
     return factors, round(time.perf_counter() - begun, 1)
