@@ -30,7 +30,6 @@ if __name__ == "__main__":
     sys.exit(main())
 
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -312,17 +311,16 @@ def calibrated_moments(llama, tokens, kind, sinks=4, context=1024, windows=32):
     """
     if kind not in ("asvd", "whitened"):
         raise ValueError(f"kind must be 'asvd' or 'whitened', not {kind!r}")
-    sums, count = [0.0] * len(llama.layers), 0
+    sums, count = dict.fromkeys(llama.layers, 0.0), 0
 
-    def add(layer, name, x, y):
-        if name == "k":                           # Wk and Wv have the same inputs
-            x = x[0, sinks:].double()                                                  # (T, D)
-            sums[layer] += x.abs().sum(0) if kind == "asvd" else x.T @ x
-    with observe_projections(llama, add):
-        for x in split_windows(tokens, context, windows, sinks, "second moments"):
-            llama.hidden(x[None], new_caches(llama, "full", len(x)))
-            count += len(x) - sinks
-    return [total / count for total in sums]
+    def add(layer, h, cache, rope):                # called in place of the layer
+        x = layer.attn_norm(h)[0, sinks:].double()                                     # (T, D)
+        sums[layer] += x.abs().sum(0) if kind == "asvd" else x.T @ x
+        return layer(h, cache, rope)
+    for x in split_windows(tokens, context, windows, sinks, "second moments"):
+        llama.hidden(x[None], new_caches(llama, "full", len(x)), add)
+        count += len(x) - sinks
+    return [total / count for total in sums.values()]
 
 
 def split_windows(tokens, context, windows, exact, title):
@@ -333,31 +331,16 @@ def split_windows(tokens, context, windows, exact, title):
     return tqdm(found, title, unit=" windows", leave=False, disable=None)
 
 
-@contextmanager
-def observe_projections(llama, observe):
-    """Within the context, observe(layer, "k" or "v", x, y) is called for each y = W x of Wk, Wv."""
-    def hook(layer, name):
-        return lambda module, inputs, y: observe(layer, name, inputs[0], y)
-    hooks = [W.register_forward_hook(hook(i, name)) for i, layer in enumerate(llama.layers)
-             for name, W in (("k", layer.attn.Wk), ("v", layer.attn.Wv))]
-    try:
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()
-
-
 # Beyond both papers: bases and ranks in the metric of the loss ------------------------------------
 
-def compress_for_loss(llama, tokens, kept=0.4, sinks=4, window=32, context=1024, windows=32,
-                      seed=0):
+def compress_for_loss(llama, tokens, kept=0.4, **options):
     """The bases and ranks that change the model's predictions least. Returns (Plan, bases).
 
-    tokens (N,): text, of which at most `windows` windows of `context` tokens are used.
+    tokens (N,): sample text. options: those of fisher_factors, such as sinks, window and windows.
     """
-    factors = fisher_factors(llama, tokens, sinks, window, context, windows, seed)
-    ranks, eye = sort_ranks(factors, kept), torch.eye(llama.config.kv_width)
-    eye, bases = eye.to(llama.norm.weight), []
+    factors = fisher_factors(llama, tokens, **options)
+    ranks, bases = sort_ranks(factors, kept), []
+    eye = torch.eye(llama.config.kv_width).to(llama.norm.weight)
     for (d_k, d_v), (K, V) in zip(ranks, factors):
         full = d_k == d_v == len(eye)
         bases.append(None if full else (basis(eye, d_k, *K), basis(eye, d_v, *V)))
@@ -371,13 +354,12 @@ def fisher_factors(llama, tokens, sinks=4, window=32, context=1024, windows=32, 
     Let the cache return A k instead of each key k (or value) that it stores compressed. G is the
     gradient of the loss with respect to A at A = I, for labels that are drawn from the model, so
     its second moment is the Fisher information of A: A changes the predictions by a KL divergence
-    of about E[tr(G^T (A - I))^2] / 2. Each window of the text gives one G, (G*d, G*d). Memory: the
-    weights, the activations of one layer, and on the CPU all G, in the dtype of the weights.
+    of about E[tr(G^T (A - I))^2] / 2. Each of `windows` windows of `context` tokens gives one G,
+    (G*d, G*d). Memory: weights, activations of one layer, and on the CPU all G, in their dtype.
     """
-    like, maps, gradients = llama.norm.weight, [], []
+    like, gradients = llama.norm.weight, []
     eye = torch.eye(llama.config.kv_width).to(like)
-    for _ in range(2 * len(llama.layers)):                         # k, v, k, v, ... of all layers
-        maps.append(eye.clone().requires_grad_())
+    maps = [eye.clone().requires_grad_() for _ in range(2 * len(llama.layers))]   # k, v, k, v, ...
     bases = [(Basis(eye, A_k), Basis(eye, A_v)) for A_k, A_v in zip(maps[::2], maps[1::2])]
     generator = torch.Generator(like.device).manual_seed(seed)
     recompute = partial(checkpoint, use_reentrant=False)   # activations, in the backward pass
@@ -400,13 +382,12 @@ def kronecker_factors(G, rounds=3):
     C = E[G^T M^-1 G] / m. 1 % of the mean eigenvalue is added to the diagonals of both.
     """
     G, eye = G.double(), torch.eye(G.shape[-1]).to(G.device, torch.float64)
-
-    def regularized(S):
-        return S + 0.01 * S.trace() / len(S) * eye
     C = eye
     for _ in range(rounds):
-        M = regularized((G @ torch.linalg.inv(C) @ G.mT).mean(0) / len(eye))
-        C = regularized((G.mT @ torch.linalg.inv(M) @ G).mean(0) / len(eye))
+        M = (G @ torch.linalg.inv(C) @ G.mT).mean(0) / len(eye)
+        M += 0.01 * M.diagonal().mean() * eye
+        C = (G.mT @ torch.linalg.inv(M) @ G).mean(0) / len(eye)
+        C += 0.01 * C.diagonal().mean() * eye
     return C, M
 
 
@@ -417,14 +398,13 @@ def sort_ranks(factors, kept):
     sorted in steps of rank_multiple(d_max); every matrix keeps at least one. Raises ValueError if
     `kept` is less. theory.predicted_divergence has the proof that no other ranks cost less.
     """
-    eye = torch.eye(len(factors[0][0][0])).to(factors[0][0][0])
-    spectra = torch.stack([spectrum(eye, C, M)[0] for pair in factors for C, M in pair])
-    step = rank_multiple(len(eye))
-    worth = spectra.unflatten(1, (-1, step)).sum(-1)                           # (2*L, d_max/step)
+    lam = [spectrum(torch.eye(len(C)).to(C), C, M)[0] for pair in factors for C, M in pair]
+    step = rank_multiple(len(lam[0]))
+    worth = torch.stack(lam).unflatten(1, (-1, step)).sum(-1)                  # (2*L, d_max/step)
     worth[:, 0] = math.inf
     count = round(kept * worth.numel())
     if count < len(worth):
-        raise UserError(f"kept {kept:g} cannot be reached; it can be {step / len(eye):.3g} to 1")
+        raise UserError(f"kept {kept:g} cannot be reached; it can be {1 / worth.shape[1]:.3g} to 1")
     chosen = worth.flatten().argsort(descending=True)[:count] // worth.shape[1]
     ranks = chosen.bincount(minlength=len(worth)) * step
     return list(zip(ranks[::2].tolist(), ranks[1::2].tolist()))

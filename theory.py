@@ -188,11 +188,10 @@ def layer_inputs(llama, tokens):
     """The inputs x (T, D) of Wk and Wv in each layer, in float64."""
     xs = []
 
-    def add(layer, name, x, y):
-        if name == "k":
-            xs.append(x[0].double())
-    with lorc.observe_projections(llama, add):
-        llama.hidden(tokens, lorc.new_caches(llama, "full", tokens.shape[1]))
+    def record(layer, h, cache, rope):             # called in place of the layer
+        xs.append(layer.attn_norm(h)[0].double())
+        return layer(h, cache, rope)
+    llama.hidden(tokens, lorc.new_caches(llama, "full", tokens.shape[1]), record)
     return xs
 
 

@@ -18,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lorc                                                        # noqa: E402
+from runtime.scoring import observe_projections                 # noqa: E402
 from runtime.text import Tokenizer                                 # noqa: E402
 import model                                                       # noqa: E402
 from cache import Buffers                                          # noqa: E402
@@ -68,7 +69,7 @@ def long_run(llama, bases, prompt, tokens, every, **bibranch):
         first = caches[layer].length
         seen[layer, "kv".index(name), first:first + len(y)] = y
     rows, exact, start = [], 0, time.perf_counter()
-    with lorc.observe_projections(llama, remember):
+    with observe_projections(llama, remember):
         for i, _ in enumerate(lorc.generate(llama, caches, prompt, tokens, temperature=1.0)):
             n = caches[0].length
             exact += all(is_exact(cache, known[:, :n]) for cache, known in zip(caches, seen))

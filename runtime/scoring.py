@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import lorc
 from model import UserError
 
 CHUNK = 128                # positions whose logits are computed together
@@ -23,6 +22,20 @@ def finite(x, dtype=None):
         name = str(dtype or x.dtype).removeprefix("torch.")
         raise UserError(f"the model overflows in {name}; give another --dtype")
     return x
+
+
+@contextmanager
+def observe_projections(llama, observe):
+    """Within the context, observe(layer, "k" or "v", x, y) is called for each y = W x of Wk, Wv."""
+    def hook(layer, name):
+        return lambda module, inputs, y: observe(layer, name, inputs[0], y)
+    hooks = [W.register_forward_hook(hook(i, name)) for i, layer in enumerate(llama.layers)
+             for name, W in (("k", layer.attn.Wk), ("v", layer.attn.Wv))]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
 
 
 class ErrorMeter:
@@ -46,7 +59,7 @@ class ErrorMeter:
     @contextmanager
     def observe(self):
         """Count the keys and values that the model computes inside this context."""
-        with lorc.observe_projections(self.llama, self.add):
+        with observe_projections(self.llama, self.add):
             yield
 
     def errors(self):

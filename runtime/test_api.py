@@ -291,11 +291,11 @@ def test_angles_of_late_positions_are_not_computed_in_bfloat16():
     assert (tables[0] - tables[1]).abs().max() < 2**-8
 
 
-def test_calibration_removes_its_hooks_even_after_an_error(small):
+def test_observing_removes_its_hooks_even_after_an_error(small):
     """observe_projections leaves the model as it was. Kills: hooks that stay after an error."""
     seen = []
     with pytest.raises(KeyError):
-        with lorc.observe_projections(small, lambda *args: seen.append(args)):
+        with scoring.observe_projections(small, lambda *args: seen.append(args)):
             small(PROMPT, full(small, 3))
             raise KeyError
     assert [(layer, name) for layer, name, *_ in seen] == [(0, "k"), (0, "v"), (1, "k"), (1, "v")]
