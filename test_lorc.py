@@ -28,7 +28,7 @@ from cache import Basis
 from runtime.bounds import own_text
 from runtime.testing import (RAW, REAL, TOKENS, VARIANTS, Text, close, formula_weights, full,
                              numpy_llama, real_model, small_model, texts, write_checkpoint)
-from runtime.testing import background_jobs, real, small  # noqa: F401 (fixtures)
+from runtime.testing import real, small  # noqa: F401 (fixtures)
 
 TIGHT = 1 + 1e-9               # rounding of float64 in a bound that is attained
 seeds = st.integers(0, 2**32)

@@ -19,7 +19,7 @@ from cache import Basis
 from runtime import scoring
 from runtime.testing import (HERE, RAW, REAL, TOKENS, VARIANTS, full, small_model,
                              write_checkpoint)
-from runtime.testing import background_jobs, real, small  # noqa: F401 (fixtures)
+from runtime.testing import real, small  # noqa: F401 (fixtures)
 
 KINDS = ["full", "compressed", "bibranch"]
 PROMPT = torch.tensor([[1, 2, 3]])
