@@ -16,6 +16,8 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+import runtime.testing           # noqa: E402, F401 (one thread, no gradients, Hypothesis's profile)
+
 REPORTS = "LORC_TEST_REPORTS"       # environment variable: the file that reports are written to
 
 
