@@ -105,8 +105,7 @@ class Basis:
     def scores(self, q, c, rope, positions):
         """Rotated queries q (B, T, H, d) and stored latents (B, S, d_c) -> scores (B, T, H, S).
 
-        App. C folds U into q instead, which is wrong: the rotation stands between U and the cached
-        key, and it depends on the key's position [E4]."""
+        App. C folds U into q, which ignores the rotation between U and the cached key [E4]."""
         return scores(q, self.rotated_keys(c, rope, positions, q.shape[-1]))
 
 

@@ -29,6 +29,7 @@ import lorc
 import model
 from cache import Basis, BiBranchCache, CompressedCache, FullCache
 from runtime import cli as command
+from runtime.bounds import own_text
 from runtime.text import Tokenizer
 
 HERE = Path(__file__).resolve().parent.parent                  # the repository's folder
@@ -131,6 +132,13 @@ def real_model():
     tokenizer = Tokenizer(REAL, llama.config)
     tokens = tokenizer.encode("Once upon a time there was a little girl. ")
     return llama, tokenizer, torch.tensor([tokens])
+
+
+@functools.cache
+def real_text():
+    """512 tokens (T,) that the real checkpoint wrote."""
+    llama, tokenizer, _ = real_model()
+    return own_text(llama, tokenizer.encode("Once"), 512)[0]
 
 
 @pytest.fixture
