@@ -48,14 +48,15 @@ class SecondProcess:
         return found
 
     def pytest_runtest_protocol(self, item):
-        """Report a test of the second process. A test without a result has failed."""
+        """Report a test of the second process. A test that it did not finish has failed."""
         if item.nodeid not in self.ids:
             return None                                        # pytest runs it in this process
-        lost = pytest.TestReport(item.nodeid, item.location, {}, "failed",
-                                 "The second process gave no result. Its output:\n"
-                                 + self.output.read_text(), "call")
+        reports = self.results.get(item.nodeid, [])
+        if not reports or reports[-1].when != "teardown":
+            said = "The second process did not finish this test.\n" + self.output.read_text()
+            reports = [pytest.TestReport(item.nodeid, item.location, {}, "failed", said, "call")]
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        for report in self.results.get(item.nodeid, [lost]):
+        for report in reports:
             item.ihook.pytest_runtest_logreport(report=report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True

@@ -32,5 +32,6 @@ def compiled_in_cpp():
 @pytest.fixture(scope="session", autouse=True)
 def start_to_compile(request):
     """Start that process before the first test, since compiling takes up to half a minute."""
-    if any("compiled_in_cpp" in getattr(item, "fixturenames", ()) for item in request.session.items):
+    items = request.session.items
+    if any("compiled_in_cpp" in getattr(item, "fixturenames", ()) for item in items):
         request.getfixturevalue("compiled_in_cpp")

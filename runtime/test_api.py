@@ -169,7 +169,7 @@ def test_generating_beyond_the_caches_or_the_context_raises(small, n, room, mess
     assert len(list(lorc.generate(small, full(small, room), PROMPT, n - 1))) == n - 1
 
 
-# Generation --------------------------------------------------------------------------------------
+# Generation -------------------------------------------------------------------------------------
 
 def tokens_of(steps):
     """The tokens of the only sequence in a batch."""
@@ -233,7 +233,7 @@ def test_tokens_are_drawn_at_the_temperature_from_the_top_p(temperature, top_p, 
         assert abs(share - expected) <= 4 * math.sqrt(expected * (1 - expected) / n)
 
 
-# Scoring -----------------------------------------------------------------------------------------
+# Scoring ----------------------------------------------------------------------------------------
 
 def negative_log_likelihood_by_decoding(llama, tokens, caches):
     """Sum of -ln p of each token but the first, fed one by one."""
@@ -255,7 +255,7 @@ def test_a_long_window_is_scored_as_it_is_decoded(small, kind, options):
     assert count == 599 + 99 and math.isclose(nats, want, rel_tol=1e-6)
 
 
-# Blocks -------------------------------------------------------------------------------------------
+# Blocks -----------------------------------------------------------------------------------------
 
 def test_keys_rebuilt_in_several_blocks_give_the_same_attention(monkeypatch):
     """70 tokens, in one block and in blocks of 32. Kills: a block's values or positions shifted."""
@@ -269,7 +269,7 @@ def test_keys_rebuilt_in_several_blocks_give_the_same_attention(monkeypatch):
     assert [span.stop for span, _ in part.blocks(1)] == [32, 64, 70]
 
 
-# Precision ---------------------------------------------------------------------------------------
+# Precision --------------------------------------------------------------------------------------
 
 # transformers 5.23.0, torch 2.13.0, CPU, float32: python experiments/parity.py --record
 RECORDED = {
