@@ -19,8 +19,6 @@ Not included: token eviction, changes to the weights [E5], and training.
     plan, bases = lorc.compress(llama, kept=0.6)               # Algorithm 1
     caches = lorc.new_caches(llama, "compressed", capacity=200, bases=bases)
     tokens = list(lorc.generate(llama, caches, prompt, n=50))  # prompt (B, T) token ids
-
-As a program, `python lorc.py --prompt "Once upon a time"` runs runtime/cli.py.
 """
 import sys
 
@@ -152,8 +150,7 @@ def solve_d_min(kept, ranks_of, d_max):
 
     ranks_of: d_min -> [(d_k, d_v)]. Raises UserError if no d_min in [1, d_max] comes close."""
     def fraction(d_min):
-        ranks = ranks_of(d_min)
-        return sum(d_k + d_v for d_k, d_v in ranks) / (2 * len(ranks) * d_max)
+        return Plan([], [], ranks_of(d_min), d_max).kept
     low, high, slack = 1.0, float(d_max), 0.5 * rank_multiple(d_max) / d_max
     if not fraction(low) - slack <= kept <= fraction(high) + slack:
         lowest, highest = math.ceil(1e3 * fraction(low)) / 1e3, fraction(high)
@@ -201,6 +198,8 @@ def make_plan(log_kappas, d_max, kept=0.6, d_min=None, threshold=math.inf, sched
         raise UserError(f"schedule must be 'progressive' or 'uniform', not {schedule!r}")
     if d_min is not None and not 1 <= d_min <= d_max:
         raise UserError(f"d_min must be between 1 and d_max = {d_max}, not {d_min}")
+    if math.isnan(threshold) or skip < 0:
+        raise UserError(f"threshold {threshold} must be a number, and skip {skip} at least 0")
     log_tilde = log_kappa_tilde(log_kappas)                                        # lines 1-5
     full = [x > threshold or layer < skip for layer, x in enumerate(log_tilde)]    # lines 8-11
 
@@ -237,8 +236,7 @@ def new_caches(llama, kind, capacity, bases=None, B=1, **options):
     """One empty cache for each layer, for B sequences of at most `capacity` tokens.
 
     kind: "full", "compressed" or "bibranch". A layer whose entry in `bases` is None has a full
-    cache. options: those of cache.BiBranchCache (sinks, window, bits, simulate_decoding). Raises
-    ValueError for an unknown kind or missing bases.
+    cache. options: those of cache.BiBranchCache. Raises ValueError for a wrong kind or no bases.
     """
     c, like = llama.config, llama.norm.weight
     if kind not in ("full", "compressed", "bibranch"):
@@ -280,6 +278,8 @@ def generate(llama, caches, tokens, n, ends=(), temperature=0.0, top_p=1.0, seed
     """
     def forward(tokens):
         return llama.head(llama.hidden(tokens, caches)[:, -1])
+    if not (temperature >= 0 and top_p > 0):
+        raise ValueError(f"temperature {temperature} must be at least 0, and top_p {top_p} above 0")
     total = caches[0].length + tokens.shape[1] + n - 1
     room = min(llama.config.context, *(cache.capacity for cache in caches))
     if total > room:

@@ -110,6 +110,16 @@ MISUSE = {
     "nan cannot be reached": lambda llama, bases: lorc.compress(llama, kept=math.nan),
     "moments must be finite": lambda llama, bases: lorc.compress(
         llama, kept=0.7, moments=[torch.ones(32), torch.full((32,), math.nan)]),
+    "threshold nan": lambda llama, bases: lorc.compress(llama, threshold=math.nan),
+    "skip -1": lambda llama, bases: lorc.compress(llama, skip=-1),
+    "temperature -0.5": lambda llama, bases: next(
+        lorc.generate(llama, full(llama, 9), PROMPT, 1, temperature=-0.5)),
+    "temperature nan": lambda llama, bases: next(
+        lorc.generate(llama, full(llama, 9), PROMPT, 1, temperature=math.nan)),
+    "top_p 0": lambda llama, bases: next(
+        lorc.generate(llama, full(llama, 9), PROMPT, 1, temperature=1, top_p=0)),
+    "top_p -0.1": lambda llama, bases: next(
+        lorc.generate(llama, full(llama, 9), PROMPT, 1, temperature=1, top_p=-0.1)),
     "'pca'": lambda llama, bases: lorc.calibrated_moments(llama, torch.tensor(TOKENS), "pca"),
     "more than 40": lambda llama, bases: lorc.calibrated_moments(
         llama, torch.tensor(TOKENS), "asvd", sinks=40),
