@@ -86,7 +86,7 @@ class Basis:
 
     def reconstruct(self, c, d):
         """Latents c (B, S, d_c), shared by all heads [E3] -> keys or values (B, S, G, d)."""
-        return F.linear(c, self.up).unflatten(-1, (-1, d))
+        return (c @ self.up.mT).unflatten(-1, (-1, d))
 
     def reconstruct_heads(self, o, d):
         """Eq. 9: sums of latents (B, T, H, d_c) -> (B, T, H, d); a head uses its rows of U [E2]."""
@@ -343,7 +343,7 @@ class BiBranchCache(Cache):
         super().__init__(B, capacity, K.down)
         self.K, self.V, self.d, self.simulate_decoding = K, V, d, simulate_decoding
         self.sinks, self.window, self.bits = sinks, window, bits
-        G, after_sinks = K.up.shape[0] // d, max(0, capacity - sinks)
+        G, after_sinks = K.up.shape[-2] // d, max(0, capacity - sinks)
         self.sink_k, self.sink_v = K.down.new_zeros(2, B, min(sinks, capacity), G, d)
         self.ring_k, self.ring_v = K.down.new_zeros(2, B, min(window, after_sinks), G, d)
         between = max(0, after_sinks - window)

@@ -314,21 +314,22 @@ def calibrated_moments(llama, tokens, kind, sinks=4, context=1024, windows=32):
     sums, count = dict.fromkeys(llama.layers, 0.0), 0
 
     def add(layer, h, cache, rope):                # called in place of the layer
-        x = layer.attn_norm(h)[0, sinks:].double()                                     # (T, D)
+        x = layer.attn_norm(h)[:, sinks:].flatten(0, 1).double()                       # (n*T, D)
         sums[layer] += x.abs().sum(0) if kind == "asvd" else x.T @ x
         return layer(h, cache, rope)
     for x in split_windows(tokens, context, windows, sinks, "second moments"):
-        llama.hidden(x[None], new_caches(llama, "full", len(x)), add)
-        count += len(x) - sinks
+        llama.hidden(x, new_caches(llama, "full", x.shape[1], B=len(x)), add)
+        count += x[:, sinks:].numel()
     return [total / count for total in sums.values()]
 
 
 def split_windows(tokens, context, windows, exact, title):
-    """The first windows of `context` tokens that have more than `exact`, with a progress bar."""
-    found = [x for x in tokens[:windows * context].split(context) if len(x) > exact]
-    if not found:
+    """Batches (n, T) of the first windows of `context` tokens; a shorter text is one window."""
+    T = min(context, len(tokens))
+    if T <= exact:
         raise ValueError(f"the text needs a window of more than {exact} tokens")
-    return tqdm(found, title, unit=" windows", leave=False, disable=None)
+    text = tokens[:min(windows, len(tokens) // T) * T].view(-1, T)
+    return tqdm(text.split(8 if text.is_cuda else 1), title, leave=False, disable=None)
 
 
 # Beyond both papers: bases and ranks in the metric of the loss ------------------------------------
@@ -336,8 +337,7 @@ def split_windows(tokens, context, windows, exact, title):
 def compress_for_loss(llama, tokens, kept=0.4, **options):
     """The bases and ranks that change the model's predictions least. Returns (Plan, bases).
 
-    tokens (N,): sample text. options: those of fisher_factors, such as sinks, window and windows.
-    """
+    tokens (N,): sample text. options: those of fisher_factors, such as sinks, window, windows."""
     factors = fisher_factors(llama, tokens, **options)
     ranks, bases = sort_ranks(factors, kept), []
     eye = torch.eye(llama.config.kv_width).to(llama.norm.weight)
@@ -357,21 +357,21 @@ def fisher_factors(llama, tokens, sinks=4, window=32, context=1024, windows=32, 
     of about E[tr(G^T (A - I))^2] / 2. Each of `windows` windows of `context` tokens gives one G,
     (G*d, G*d). Memory: weights, activations of one layer, and on the CPU all G, in their dtype.
     """
-    like, gradients = llama.norm.weight, []
-    eye = torch.eye(llama.config.kv_width).to(like)
-    maps = [eye.clone().requires_grad_() for _ in range(2 * len(llama.layers))]   # k, v, k, v, ...
-    bases = [(Basis(eye, A_k), Basis(eye, A_v)) for A_k, A_v in zip(maps[::2], maps[1::2])]
-    generator = torch.Generator(like.device).manual_seed(seed)
+    eye, gradients = torch.eye(llama.config.kv_width).to(llama.norm.weight), []
+    generator = torch.Generator(eye.device).manual_seed(seed)
     recompute = partial(checkpoint, use_reentrant=False)   # activations, in the backward pass
     for x in split_windows(tokens, context, windows, sinks + window, "gradients of the loss"):
-        caches = new_caches(llama, "bibranch", len(x), bases, sinks=sinks, window=window,
+        n, T = x.shape
+        maps = [eye.repeat(n, 1, 1).requires_grad_() for _ in range(2 * len(llama.layers))]
+        bases = [(Basis(eye, A_k), Basis(eye, A_v)) for A_k, A_v in zip(maps[::2], maps[1::2])]
+        caches = new_caches(llama, "bibranch", T, bases, n, sinks=sinks, window=window,
                             simulate_decoding=True)
         with torch.enable_grad():
-            logits = llama.head(llama.hidden(x[None], caches, recompute)[0]).float()       # (T, V)
+            logits = llama.head(llama.hidden(x, caches, recompute)).flatten(0, 1).float()
             labels = logits.detach().softmax(-1).multinomial(1, generator=generator)[:, 0]
-            loss = F.cross_entropy(logits, labels, reduction="sum") / len(x) ** 0.5
+            loss = F.cross_entropy(logits, labels, reduction="sum") / T ** 0.5
         gradients.append([G.cpu() for G in torch.autograd.grad(loss, maps)])
-    factors = [kronecker_factors(torch.stack(G).to(like.device)) for G in zip(*gradients)]
+    factors = [kronecker_factors(torch.cat(G).to(eye.device)) for G in zip(*gradients)]
     return list(zip(factors[::2], factors[1::2]))
 
 

@@ -44,7 +44,7 @@ from cache import Basis                                            # noqa: E402
 from record import provenance                                      # noqa: E402
 
 SINKS = 4             # as BiBranchCache has them: these positions stay exact and are not measured
-CALIBRATION = 64      # windows that the start is measured on
+CALIBRATION = 128     # windows that the start is measured on
 PATIENCE = 6          # validations without a new best, after which training stops
 SHOTS = 5             # answered questions in front of each question
 

@@ -57,8 +57,10 @@ def settings():
     yield "LoRC, uniform", {"kept": 0.6, "basis": "svd", "kind": "compressed"}
     for kept in (0.4, 0.2):
         yield "calibrated", {"kept": kept, "basis": "whitened", "bits": 16}
-        for bits in (16, 4):
-            yield "loss metric", {"kept": kept, "basis": "loss, sorted", "bits": bits}
+        for label, basis in (("loss metric", "loss, sorted"),
+                             ("loss metric, bundled text", "loss, bundled text")):
+            for bits in (16, 4):
+                yield label, {"kept": kept, "basis": basis, "bits": bits}
     for bits in (4, 3, 2):
         yield "quantization alone", {"kept": 1.0, "basis": "identity", "bits": bits}
 

@@ -32,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import lorc                                                        # noqa: E402
 from runtime import jobs                                           # noqa: E402
+from runtime.cli import BUNDLED_TEXT                                # noqa: E402
 from runtime.commuting import commuting_basis                      # noqa: E402
 from runtime.text import Tokenizer                                 # noqa: E402
 import model                                                       # noqa: E402
@@ -134,15 +135,21 @@ class Study:
                                        basis, SINKS, self.context, self.windows(tokens))
 
     @functools.cache
-    def fisher_factors(self):
-        """(C, M) of the keys and of the values of each layer, in the metric of the loss."""
+    def fisher_factors(self, bundled=False):
+        """(C, M) of the keys and of the values of each layer, in the metric of the loss.
+
+        bundled: from the text that comes with the project, and as many windows as lorc.py reads.
+        """
+        if bundled:
+            return lorc.fisher_factors(self.llama, self.encode(BUNDLED_TEXT), sinks=SINKS,
+                                       context=self.context)
         return lorc.fisher_factors(self.llama, self.calibration, sinks=SINKS,
                                    context=self.context, windows=self.windows(self.args.loss_tokens))
 
     @functools.cache
-    def loss_ranks(self, kept):
+    def loss_ranks(self, kept, bundled=False):
         """(d_k, d_v) of each layer by one sort in the metric of the loss."""
-        return lorc.sort_ranks(self.fisher_factors(), kept)
+        return lorc.sort_ranks(self.fisher_factors(bundled), kept)
 
     @functools.cache
     def spectra(self, basis):
@@ -175,9 +182,9 @@ class Study:
         eye = torch.eye(self.config.kv_width).to(self.weights[0][0])
         if basis == "identity":
             return [(Basis(eye, eye),) * 2] * self.config.layers
-        if basis == "loss":
+        if basis in ("loss", "loss, bundled text"):
             return [[lorc.basis(eye, len(eye), *factors) for factors in pair]
-                    for pair in self.fisher_factors()]
+                    for pair in self.fisher_factors(basis != "loss")]
         moments, metrics = self.moments(basis), [(None, None)] * self.config.layers
         if basis == "query":
             from metric import query_metrics        # here, because metric.py imports this module
@@ -209,10 +216,12 @@ class Study:
                 for layer, (d_k, d_v) in enumerate(ranks)]
 
     def compressed(self, kept, basis, ranks=None, **plan):
-        """Ranks and bases. ranks: these instead of the plan's. `loss, sorted` brings its own ranks.
-        """
+        """Ranks and bases. ranks: these instead of the plan's. `loss, sorted` brings its own ranks,
+        and so does `loss, bundled text`."""
         if basis == "loss, sorted":
             ranks, basis = self.loss_ranks(kept), "loss"
+        if basis == "loss, bundled text":
+            ranks = self.loss_ranks(kept, bundled=True)
         ranks = ranks or self.plan(kept, **plan)
         return ranks, self.bases(ranks, basis)
 
