@@ -85,8 +85,8 @@ def trained(result):
 CURVES = {
     "quantization alone": ("#000000", "s", "-", (0, (-4, 9), "left")),
     "calibrated, 4 bits": ("#8a8a8a", "v", "--", (0, (8, 2), "left")),
-    "loss metric, 16 bits": ("#6fa8dc", "o", "-", (2, (8, 6), "left")),
-    "loss metric, 4 bits": ("#1f5fa8", "o", "-", (-1, (6, -14), "left")),
+    "loss metric, 16 bits": ("#6fa8dc", "o", "-", (3, (6, 8), "left")),
+    "loss metric, 4 bits": ("#1f5fa8", "o", "-", (3, (-60, -26), "left")),
     "trained, 4 bits": ("#d95f02", "D", ":", (0, (-8, -12), "left"))}
 AT_POINTS = {"quantization alone": (lambda row: f"{row['bits']} bits", (7, 2), "left"),
              "loss metric, 4 bits": (lambda row: f"{row['wanted']:g}", (-6, -9), "right")}

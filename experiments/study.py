@@ -435,7 +435,8 @@ def main(*scripts, argv=None):
 # Drawing -----------------------------------------------------------------------------------------
 
 FLOOR = 0.1     # percent above the full cache's perplexity; what is less is drawn here
-TEXTS = {"wiki.test.raw": "WikiText-2", "stories.txt": "TinyStories"}
+TEXTS = {"wiki.test.raw": "WikiText-2", "stories.txt": "TinyStories",
+         "tinystories_197k.txt": "TinyStories"}
 
 # Told apart in grey, too: each has its own marker and dashes
 LOOKS = [("#111111", "o", "-"), ("#d95f02", "s", "--"), ("#1f5fa8", "^", "-."),
