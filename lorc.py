@@ -278,8 +278,7 @@ def generate(llama, caches, tokens, n, ends=(), temperature=0.0, top_p=1.0, seed
     may replace the model: tokens (B, T) -> logits (B, V) of the last. Raises ValueError if the
     caches, or the model's context, are too small for T + n - 1 tokens.
     """
-    def forward(tokens):
-        return llama.head(llama.hidden(tokens, caches)[:, -1])
+    step = step or (lambda tokens: llama.head(llama.hidden(tokens, caches)[:, -1]))
     total = caches[0].length + tokens.shape[1] + n - 1
     room = min(llama.config.context, *(cache.capacity for cache in caches))
     if total > room:
@@ -287,7 +286,7 @@ def generate(llama, caches, tokens, n, ends=(), temperature=0.0, top_p=1.0, seed
     generator = torch.Generator(tokens.device).manual_seed(seed)
     ends, ended = torch.tensor(sorted(ends), device=tokens.device), False
     for _ in range(n):
-        new = sample((step or forward)(tokens), temperature, top_p, generator)
+        new = sample(step(tokens), temperature, top_p, generator)
         yield new
         ended = ended | torch.isin(new, ends)
         if ended.all():
@@ -324,12 +323,15 @@ def calibrated_moments(llama, tokens, kind, sinks=4, context=1024, windows=32):
 
 
 def split_windows(tokens, context, windows, exact, title):
-    """Batches (n, T) of the first windows of `context` tokens; a shorter text is one window."""
-    T = min(context, len(tokens))
-    if T <= exact:
+    """Batches (n, T) of the first windows of `context` tokens; the last window may be shorter."""
+    text = tokens[:windows * context]
+    n = len(text) // context
+    whole, rest = text[:n * context].view(n, context), text[None, n * context:]
+    batches = [*whole.split(8 if text.is_cuda else 1), rest]
+    batches = [x for x in batches if len(x) and x.shape[1] > exact]
+    if not batches:
         raise ValueError(f"the text needs a window of more than {exact} tokens")
-    text = tokens[:min(windows, len(tokens) // T) * T].view(-1, T)
-    return tqdm(text.split(8 if text.is_cuda else 1), title, leave=False, disable=None)
+    return tqdm(batches, title, leave=False, disable=None)
 
 
 # Beyond both papers: bases and ranks in the metric of the loss ------------------------------------
@@ -361,15 +363,14 @@ def fisher_factors(llama, tokens, sinks=4, window=32, context=1024, windows=32, 
     generator = torch.Generator(eye.device).manual_seed(seed)
     recompute = partial(checkpoint, use_reentrant=False)   # activations, in the backward pass
     for x in split_windows(tokens, context, windows, sinks + window, "gradients of the loss"):
-        n, T = x.shape
-        maps = [eye.repeat(n, 1, 1).requires_grad_() for _ in range(2 * len(llama.layers))]
+        maps = [eye.repeat(len(x), 1, 1).requires_grad_() for _ in range(2 * len(llama.layers))]
         bases = [(Basis(eye, A_k), Basis(eye, A_v)) for A_k, A_v in zip(maps[::2], maps[1::2])]
-        caches = new_caches(llama, "bibranch", T, bases, n, sinks=sinks, window=window,
-                            simulate_decoding=True)
+        caches = new_caches(llama, "bibranch", x.shape[1], bases, len(x), sinks=sinks,
+                            window=window, simulate_decoding=True)
         with torch.enable_grad():
             logits = llama.head(llama.hidden(x, caches, recompute)).flatten(0, 1).float()
             labels = logits.detach().softmax(-1).multinomial(1, generator=generator)[:, 0]
-            loss = F.cross_entropy(logits, labels, reduction="sum") / T ** 0.5
+            loss = F.cross_entropy(logits, labels, reduction="sum") / x.shape[1] ** 0.5
         gradients.append([G.cpu() for G in torch.autograd.grad(loss, maps)])
     factors = [kronecker_factors(torch.cat(G).to(eye.device)) for G in zip(*gradients)]
     return list(zip(factors[::2], factors[1::2]))
@@ -396,8 +397,7 @@ def sort_ranks(factors, kept):
 
     Half an eigenvalue is what dropping it costs, in nats per token, whatever its layer. They are
     sorted in steps of rank_multiple(d_max); every matrix keeps at least one. Raises ValueError if
-    `kept` is less. theory.predicted_divergence has the proof that no other ranks cost less.
-    """
+    `kept` is less. theory.predicted_divergence has the proof that no other ranks cost less."""
     lam = [spectrum(torch.eye(len(C)).to(C), C, M)[0] for pair in factors for C, M in pair]
     step = rank_multiple(len(lam[0]))
     worth = torch.stack(lam).unflatten(1, (-1, step)).sum(-1)                  # (2*L, d_max/step)
