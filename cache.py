@@ -131,9 +131,8 @@ class LowRank(NamedTuple):
     """Latents of the tokens at `positions`, in a store that can `read` any span of them.
 
     For one query, keys are rebuilt block by block, and the latents of the values are summed before
-    the sum is expanded (Eq. 9). Several queries share keys and values that are rebuilt at once.
-    Weights stay as they are, because W_q or W_o times U would be larger if d_c > d [E5]. Turning U
-    by R_n for each position costs H/G times as much as rebuilding the key [E18].
+    the sum is expanded (Eq. 9). Weights stay as they are, because W_q or W_o times U would be
+    larger if d_c > d [E5]. Turning U by R_n costs H/G times as much as rebuilding the key [E18].
     """
 
     K: Basis

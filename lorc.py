@@ -19,13 +19,11 @@ Not included: token eviction, changes to the weights [E5], and training.
     plan, bases = lorc.compress(llama, kept=0.6)               # Algorithm 1
     caches = lorc.new_caches(llama, "compressed", capacity=200, bases=bases)
     tokens = list(lorc.generate(llama, caches, prompt, n=50))  # prompt (B, T) token ids
-
-As a program, `python lorc.py --prompt "Once upon a time"` runs runtime/cli.py.
 """
 import sys
 
 if __name__ == "__main__":
-    sys.path.insert(0, __file__.rpartition("/")[0] or ".")        # also with PYTHONSAFEPATH=1
+    sys.path.insert(0, __file__.rpartition("/")[0] or ".")        # absent if PYTHONSAFEPATH=1
     from runtime.cli import main
     sys.exit(main())
 
@@ -56,7 +54,7 @@ def svd_factors(W, d_c):
 
 
 def spectrum(W, C=None, M=None):
-    """Eigenvalues (m,), falling, and eigenvectors (m, m) of M^1/2 W C W^T M^1/2, for W (m, n).
+    """Eigenvalues (m,), descending, and eigenvectors (m, m) of M^1/2 W C W^T M^1/2, W (m, n).
 
     C is the second moment E[x x^T] of the inputs: (n, n), or (n,) if diagonal. M (m, m) weights the
     error. None means the identity. With neither, the eigenvalues are sigma^2 and the eigenvectors
@@ -148,17 +146,16 @@ def rank_multiple(d_max):
 
 
 def solve_d_min(kept, ranks_of, d_max):
-    """The d_min for which ranks_of(d_min) keeps the fraction `kept`, found by bisection.
+    """The d_min for which ranks_of(d_min) keeps `kept`, up to rounding, found by bisection.
 
-    ranks_of: d_min -> [(d_k, d_v)]. Raises UserError if no d_min in [1, d_max] comes close."""
+    ranks_of: d_min -> [(d_k, d_v)]. Raises UserError if no d_min in [1, d_max] does."""
     def fraction(d_min):
-        ranks = ranks_of(d_min)
-        return sum(d_k + d_v for d_k, d_v in ranks) / (2 * len(ranks) * d_max)
+        return Plan([], [], ranks_of(d_min), d_max).kept
     low, high, slack = 1.0, float(d_max), 0.5 * rank_multiple(d_max) / d_max
     if not fraction(low) - slack <= kept <= fraction(high) + slack:
         lowest, highest = math.ceil(1e3 * fraction(low)) / 1e3, fraction(high)
         raise UserError(f"kept {kept:g} cannot be reached; with this schedule, skip, threshold "
-                        f"and split, it can be {lowest:g} to {highest:.4g}")
+                        f"and split, choose a value from {lowest:g} to {highest:.4g}")
     while high - low > 1e-6:
         middle = (low + high) / 2
         low, high = (middle, high) if fraction(middle) < kept else (low, middle)
@@ -169,7 +166,7 @@ def solve_d_min(kept, ranks_of, d_max):
 
 @dataclass(frozen=True)
 class Plan:
-    """What Algorithm 1 decides for each layer."""
+    """The ranks of all layers, and the condition numbers that Algorithm 1 takes them from."""
     log_kappa: list         # (ln kappa(Wk), ln kappa(Wv)): Eq. 10
     log_kappa_tilde: list   # ln kappa~_l: Eq. 12
     ranks: list             # (d_k, d_v): Eq. 13
@@ -195,12 +192,14 @@ def make_plan(log_kappas, d_max, kept=0.6, d_min=None, threshold=math.inf, sched
 
     kept: the fraction to keep, for which d_min is solved unless it is given. Layers whose
     ln kappa~ is above `threshold` [E8], and the first `skip` layers, are left full. split: the
-    fraction of d_max moved from keys to values. pairs: make d_k even. Raises ValueError.
+    fraction of d_max moved from keys to values. pairs: make d_k even. Raises UserError.
     """
     if schedule not in ("progressive", "uniform"):
         raise UserError(f"schedule must be 'progressive' or 'uniform', not {schedule!r}")
     if d_min is not None and not 1 <= d_min <= d_max:
         raise UserError(f"d_min must be between 1 and d_max = {d_max}, not {d_min}")
+    if math.isnan(threshold) or skip < 0:
+        raise UserError(f"threshold {threshold} must be a number, and skip {skip} at least 0")
     log_tilde = log_kappa_tilde(log_kappas)                                        # lines 1-5
     full = [x > threshold or layer < skip for layer, x in enumerate(log_tilde)]    # lines 8-11
 
@@ -216,7 +215,7 @@ def make_bases(llama, ranks, moments=None, key_basis=None):
     """Algorithm 1, lines 12-18: the bases (keys, values) of each layer, None where it is full.
 
     moments: C of each layer's inputs, None for the paper's SVD. key_basis(layer, d_k, C) may
-    replace `basis` for keys. Lines 15 and 19 are omitted: U cannot be folded into W [E4] [E5].
+    replace `basis` for keys. Lines 15 and 19 are omitted, since U cannot be folded [E4] [E5].
     """
     moments, bases = moments or [None] * len(ranks), []
     if any(C is not None and not C.isfinite().all() for C in moments):
@@ -237,8 +236,7 @@ def new_caches(llama, kind, capacity, bases=None, B=1, **options):
     """One empty cache for each layer, for B sequences of at most `capacity` tokens.
 
     kind: "full", "compressed" or "bibranch". A layer whose entry in `bases` is None has a full
-    cache. options: those of cache.BiBranchCache (sinks, window, bits, simulate_decoding). Raises
-    ValueError for an unknown kind or missing bases.
+    cache. options: those of cache.BiBranchCache. Raises ValueError for a wrong kind or no bases.
     """
     c, like = llama.config, llama.norm.weight
     if kind not in ("full", "compressed", "bibranch"):
@@ -272,12 +270,14 @@ def sample(logits, temperature, top_p, generator):
 
 
 def generate(llama, caches, tokens, n, ends=(), temperature=0.0, top_p=1.0, seed=0, step=None):
-    """Yield up to n times the next token (B,) of each sequence that follows `tokens` (B, T).
+    """Yield the next token (B,) of each sequence that follows `tokens` (B, T), at most n times.
 
-    Generation stops early once every sequence has produced a token in `ends`; it is yielded. `step`
-    may replace the model: tokens (B, T) -> logits (B, V) of the last. Raises ValueError if the
-    caches, or the model's context, are too small for T + n - 1 tokens.
+    Generation ends early when every sequence has produced a token in `ends`; all go on until then.
+    `step` may replace the model: tokens (B, T) -> logits (B, V) of the last. The first step raises
+    ValueError if the caches, or the model's context, are too small for T + n - 1 tokens.
     """
+    if not (temperature >= 0 and top_p > 0):
+        raise ValueError(f"temperature {temperature} must be at least 0, and top_p {top_p} above 0")
     step = step or (lambda tokens: llama.head(llama.hidden(tokens, caches)[:, -1]))
     total = caches[0].length + tokens.shape[1] + n - 1
     room = min(llama.config.context, *(cache.capacity for cache in caches))
@@ -330,14 +330,14 @@ def split_windows(tokens, context, windows, exact, title):
     batches = [*whole.split(8 if text.is_cuda else 1), rest]
     batches = [x for x in batches if len(x) and x.shape[1] > exact]
     if not batches:
-        raise ValueError(f"the text needs a window of more than {exact} tokens")
+        raise ValueError(f"the text has {len(tokens)} tokens; more than {exact} are needed")
     return tqdm(batches, title, leave=False, disable=None)
 
 
 # Beyond both papers: bases and ranks in the metric of the loss ------------------------------------
 
 def compress_for_loss(llama, tokens, kept=0.4, **options):
-    """The bases and ranks that change the model's predictions least. Returns (Plan, bases).
+    """The loss metric: bases and ranks of least theory.predicted_divergence, as (Plan, bases).
 
     tokens (N,): sample text. options: those of fisher_factors, such as sinks, window, windows."""
     factors = fisher_factors(llama, tokens, **options)
@@ -354,10 +354,10 @@ def fisher_factors(llama, tokens, sinks=4, window=32, context=1024, windows=32, 
     """For the keys and for the values of each layer, the factors (C, M) of the Fisher information.
 
     Let the cache return A k instead of each key k (or value) that it stores compressed. G is the
-    gradient of the loss with respect to A at A = I, for labels that are drawn from the model, so
-    its second moment is the Fisher information of A: A changes the predictions by a KL divergence
-    of about E[tr(G^T (A - I))^2] / 2. Each of `windows` windows of `context` tokens gives one G,
-    (G*d, G*d). Memory: weights, activations of one layer, and on the CPU all G, in their dtype.
+    gradient of the loss with respect to A at A = I, for labels drawn from the model, so its second
+    moment is the Fisher information of A (theory.predicted_divergence). Each of `windows` windows
+    of `context` tokens gives one G (G*d, G*d), through a bi-branch cache with these sinks and this
+    window. Memory: the weights, the activations of one layer, the logits, and on the CPU all G.
     """
     eye, gradients = torch.eye(llama.config.kv_width).to(llama.norm.weight), []
     generator = torch.Generator(eye.device).manual_seed(seed)
@@ -379,7 +379,7 @@ def fisher_factors(llama, tokens, sinks=4, window=32, context=1024, windows=32, 
 def kronecker_factors(G, rounds=3):
     """C and M with E[G_ij G_kl] close to M_ik C_jl, from samples G (n, m, m) of a random matrix.
 
-    The maximum likelihood of a normal distribution, by alternation: M = E[G C^-1 G^T] / m, then
+    Maximum likelihood for a matrix normal distribution, by alternating M = E[G C^-1 G^T] / m and
     C = E[G^T M^-1 G] / m. 1 % of the mean eigenvalue is added to the diagonals of both.
     """
     G, eye = G.double(), torch.eye(G.shape[-1]).to(G.device, torch.float64)
@@ -396,15 +396,15 @@ def sort_ranks(factors, kept):
     """(d_k, d_v) of each layer: the largest eigenvalues of all matrices, up to the fraction kept.
 
     Half an eigenvalue is what dropping it costs, in nats per token, whatever its layer. They are
-    sorted in steps of rank_multiple(d_max); every matrix keeps at least one. Raises ValueError if
-    `kept` is less. theory.predicted_divergence has the proof that no other ranks cost less."""
+    sorted in steps of rank_multiple(d_max), and every matrix keeps at least one step. No other such
+    ranks cost less (theory.predicted_divergence). Raises UserError if `kept` is too small."""
     lam = [spectrum(torch.eye(len(C)).to(C), C, M)[0] for pair in factors for C, M in pair]
     step = rank_multiple(len(lam[0]))
     worth = torch.stack(lam).unflatten(1, (-1, step)).sum(-1)                  # (2*L, d_max/step)
     worth[:, 0] = math.inf
     count = round(kept * worth.numel())
     if count < len(worth):
-        raise UserError(f"kept {kept:g} cannot be reached; it can be {1 / worth.shape[1]:.3g} to 1")
+        raise UserError(f"kept {kept:g} cannot be reached; choose {1 / worth.shape[1]:.3g} to 1")
     chosen = worth.flatten().argsort(descending=True)[:count] // worth.shape[1]
     ranks = chosen.bincount(minlength=len(worth)) * step
     return list(zip(ranks[::2].tolist(), ranks[1::2].tolist()))

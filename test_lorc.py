@@ -25,10 +25,10 @@ import lorc
 import model
 import theory
 from cache import Basis
-from runtime.bounds import own_text
 from runtime.testing import (RAW, REAL, TOKENS, VARIANTS, Text, close, formula_weights, full,
-                             numpy_llama, real_model, small_model, texts, write_checkpoint)
-from runtime.testing import background_jobs, real, small  # noqa: F401 (fixtures)
+                             numpy_llama, real_model, real_text, small_model, texts,
+                             write_checkpoint)
+from runtime.testing import real, small  # noqa: F401 (fixtures)
 
 TIGHT = 1 + 1e-9               # rounding of float64 in a bound that is attained
 seeds = st.integers(0, 2**32)
@@ -150,18 +150,6 @@ def test_full_rank_gives_the_full_cache(text):
     for split in text.splits:
         want = text.attend(text.full_cache(), split)
         assert close(text.attend(text.compressed_cache(K, V), split), want)
-
-
-def test_keys_rebuilt_in_several_blocks_give_the_same_attention(monkeypatch):
-    """70 tokens, in one block and in blocks of 32. Kills: a block's values or positions shifted."""
-    text = Text(0, [69, 1])
-    K, V = text.basis(5), text.basis(3)
-    want = text.attend(text.compressed_cache(K, V), [1] * 70)
-    monkeypatch.setitem(cache.REBUILT_BYTES, "cpu", 1)
-    store = text.compressed_cache(K, V)
-    assert close(text.attend(store, [1] * 70), want)
-    part = cache.LowRank(K, V, store.c_k, store.c_v, text.rope, slice(0, 70))
-    assert [span.stop for span, _ in part.blocks(1)] == [32, 64, 70]
 
 
 @pytest.mark.parametrize("kind", ["full", "compressed"])
@@ -300,18 +288,6 @@ def test_kept_is_reached_to_within_one_step_a_layer(layers, d_max, fraction, spl
     for outside in (low - 0.51 * step / d_max, high + 0.51 * step / d_max):
         with pytest.raises(ValueError, match="cannot be reached"):
             lorc.make_plan(kappas, d_max, kept=outside, **options)
-
-
-def test_ranks_of_wide_models_are_multiples_of_8():
-    """From d_max = 1,024 on, if d_max is one; a budget less than half a step away is reached."""
-    def ranks(d_max, **options):
-        return lorc.make_plan([(1.0, 1.0)], d_max, schedule="uniform", **options).ranks
-    for d_max, d_c in ((1016, 410), (1024, 408), (1026, 410), (5120, 408)):
-        assert ranks(d_max, d_min=410) == [(d_c, d_c)] and ranks(d_max, kept=1) == [(d_max, d_max)]
-    assert ranks(1016, d_min=409.2, pairs=True) == [(410, 409)]
-    assert ranks(1024, kept=4.5 / 1024) == [(8, 8)]
-    with pytest.raises(ValueError, match="cannot be reached"):
-        ranks(1024, kept=3.5 / 1024)
 
 
 def test_tables_1_and_2_count_full_and_uniform_layers():
@@ -616,8 +592,7 @@ def squared_error(W, C, down, up):
 def test_the_loss_falls_from_svd_to_asvd_to_fine_tuned_to_the_closed_form(real):
     """E||v - v~||^2 on the same text: plain SVD > ASVD > CSKV's fine-tuning from there >= the basis
     for E[x x^T] [E30]."""
-    llama, tokenizer, _ = real
-    text = own_text(llama, tokenizer.encode("Once"), 400)[0]
+    llama, text = real[0], real_text()[:400]
     W = llama.layers[1].attn.Wv.weight.double()
     C, c = (lorc.calibrated_moments(llama, text, kind, 4, 128)[1] for kind in ("whitened", "asvd"))
     d_c = len(W) // 3
@@ -811,14 +786,6 @@ def test_four_bits_come_back_to_half_a_step(S, d_c, B, mean, seed, chunk, dtype)
         assert torch.equal(got[:, start:start + 50], store.read(slice(start, min(start + 50, S))))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_four_bits_keep_a_channel_of_small_range_in_half_precision(dtype):
-    """A range of 4e-4 over 15 is below float16's smallest normal number and comes back to a step.
-    Kills: a scale clamped at that number, which lost the channel."""
-    c = torch.linspace(0, 4e-4, 32).view(1, 32, 1).to(dtype)
-    assert (cache.dequantize(*cache.quantize(c)) - c).abs().max() <= 4e-4 / 15
-
-
 def test_the_published_zero_point_destroys_a_group_away_from_zero():
     """must fail [E31]: a zero point clamped to [0, 15] at mean/std = 10. A float minimum works."""
     g = torch.Generator().manual_seed(0)
@@ -898,9 +865,9 @@ def test_the_attention_bound_of_a_layer_is_that_of_its_tokens(small):
 @pytest.mark.parametrize("kept", [0.3, 0.6, 0.9])
 def test_every_bound_holds_on_the_real_models_own_activations(real, kept):
     """theory.table: Thm. 1, the equality in expectation and the attention bound, in each layer."""
-    llama, _, tokens = real
+    llama = real[0]
     kept = max(kept, lorc.compress(llama, d_min=1)[0].kept + 0.01)
-    rows = list(theory.table(llama, own_text(llama, tokens[0].tolist(), 200), kept))
+    rows = list(theory.table(llama, real_text()[None, :200], kept))
     for _, _, k, v, mean, worst, median, *eq_19 in rows:
         assert 0 < k <= TIGHT and 0 < v <= TIGHT and all(0 <= error < 1 for error in eq_19)
         assert 0 < median <= worst <= TIGHT
@@ -966,8 +933,7 @@ def test_the_loss_metric_predicts_the_divergence_that_a_small_change_causes(real
     """KL of the next token when every compressed key or value x of one layer becomes x + E x for a
     small random E, against tr(E^T M E C) / 2: within a factor of four, although seven windows stand
     for all text. Kills: a factor T = 64."""
-    llama, tokenizer, _ = real
-    text = own_text(llama, tokenizer.encode("Once"), 7 * 64)[0]
+    llama, text = real[0], real_text()[:7 * 64]
     factors = lorc.fisher_factors(llama, text, context=64, window=8, windows=7)
     eye, rng = torch.eye(llama.config.kv_width), np.random.default_rng(0)
     unchanged = [(Basis(eye, eye),) * 2] * len(llama.layers)
@@ -1010,19 +976,9 @@ def test_one_sort_gives_the_ranks_of_the_least_predicted_divergence(m, layers, s
     assert all(best <= theory.predicted_divergence(factors, other) * TIGHT for other in others)
 
 
-def test_one_sort_says_what_can_be_kept(monkeypatch):
-    """At least one step of each matrix."""
-    monkeypatch.setattr(lorc, "rank_multiple", lambda d_max: 4)
-    factors = random_factors(np.random.default_rng(0), 16, 3)
-    assert lorc.sort_ranks(factors, 0.25) == [(4, 4)] * 3
-    with pytest.raises(model.UserError, match="0.25 to 1"):
-        lorc.sort_ranks(factors, 0.2)
-
-
 def test_compressing_for_the_loss_loses_less_than_the_calibrated_optimum(real):
     """KL of the next token on other text than was calibrated on, at the same fraction kept."""
-    llama, tokenizer, _ = real
-    text = own_text(llama, tokenizer.encode("Once"), 8 * 64)[0]
+    llama, text = real[0], real_text()
     seen, other = text[:-128], text[-128:]
     plan, bases = lorc.compress_for_loss(llama, seen, 0.3, window=8, context=64)
     moments = lorc.calibrated_moments(llama, seen, "whitened", context=64)

@@ -119,7 +119,7 @@ def test_records_share_no_line_and_their_prompts_have_one_length(tiny):
 @pytest.mark.parametrize("kind, bits", [("full", 16), ("compressed", 16), ("bibranch", 16),
                                         ("bibranch", 4)])
 def test_continuations_are_those_of_a_token_by_token_run(tiny, kind, bits):
-    """ln p of each token, and whether it is the likeliest, against one sequence fed token by token.
+    """ln p of each token, and whether it is the likeliest, against sequences fed token by token.
 
     Kills: a prompt that sees itself exactly, copies that share a buffer, another order of rows.
     """
@@ -133,12 +133,13 @@ def test_continuations_are_those_of_a_token_by_token_run(tiny, kind, bits):
         return lorc.new_caches(llama, kind, 50, bases, B, **options, **simulate)
     simulate = {"simulate_decoding": True} if kind == "bibranch" else {}
     found = recall.continuations(llama, prompts, numbers, make(2, **simulate))
-    for r, n in itertools.product(range(2), range(3)):
-        text, caches = torch.cat((prompts[r], numbers[r, n])), make(1)
-        logits = torch.stack([llama(token.view(1, 1), caches)[0, 0] for token in text])[44:-1]
-        want = logits.log_softmax(-1).gather(1, numbers[r, n][:, None])[:, 0]
-        torch.testing.assert_close(found[0][r, n], want, rtol=1e-9, atol=1e-9)
-        assert torch.equal(found[1][r, n], logits.argmax(-1) == numbers[r, n])
+    texts = torch.stack([torch.cat((prompts[r], numbers[r, n]))
+                         for r, n in itertools.product(range(2), range(3))])
+    caches = make(6)
+    logits = torch.cat([llama(token, caches) for token in texts.split(1, 1)], 1)[:, 44:-1]
+    want = logits.log_softmax(-1).gather(2, texts[:, 45:, None]).view(2, 3, 4)
+    torch.testing.assert_close(found[0], want, rtol=1e-9, atol=1e-9)
+    assert torch.equal(found[1], (logits.argmax(-1) == texts[:, 45:]).view(2, 3, 4))
 
 
 def test_a_record_is_scored_by_hand(tiny, monkeypatch):
@@ -187,7 +188,7 @@ def test_the_shared_factors_give_the_bases_of_compress_for_loss():
     args = shared.command_line("", False).parse_args(
         ["--text", text, "--calibrate", text, "--tokens", "64", "--device", "cpu"])
     study = shared.Study(args)
-    study.calibration = study.calibration[:900]
+    study.calibration, study.context = study.calibration[:240], 128
     for kept in (0.5, 0.3):
         ranks, bases = study.compressed(kept, "loss, sorted")
         plan, want = lorc.compress_for_loss(study.llama, study.calibration, kept,

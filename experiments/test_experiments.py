@@ -12,27 +12,28 @@ import torch
 import lorc
 import theory
 
-from runtime.testing import HERE, cli, finished_job
-from runtime.testing import background_jobs, real  # noqa: F401 (fixtures)
+from runtime.testing import HERE, cli
+from runtime.testing import real  # noqa: F401 (fixture)
 
 
 # The experiments ----------------------------------------------------------------------- parity ---
 
-def make_smaller(run_all):
+SMALLEST = {"study": {"LOSS_TOKENS": 512}, "front": {"KEPT_LORC": (0.6,)},
+            "loss_metric": {"SEEDS": (0, 1), "WINDOWS": (1,), "KEPT": (0.6,), "KEPT_EXACT": (0.6,),
+                            "KEPT_WINDOWS": (0.6,)},
+            "recall": {"RECORDS": 4, "LINES": (2, 3), "RANKED": 2, "WINDOWS": (2, 32), "WINDOW_LINES": 3},
+            "tasks": {"QUESTIONS": 3, "PROBLEMS": 3, "SHOTS": 1, "PROMPT": 60, "ANSWER": 8}}
+
+
+def make_smaller(run_all, patch):
     """The smallest settings with which every script still does all that it does."""
     for script in run_all.SCRIPTS:
         if isinstance(getattr(script, "KEPT", None), tuple):
-            script.KEPT = [k for k in script.KEPT if k >= 0.6][:2]
-        script.SPLITS = (0, 0.1)
-    run_all.study.LOSS_TOKENS = 512
-    run_all.front.KEPT_LORC = (0.6,)
-    run_all.loss_metric.SEEDS, run_all.loss_metric.WINDOWS = (0, 1), (1,)
-    run_all.loss_metric.KEPT = run_all.loss_metric.KEPT_EXACT = (0.6,)
-    run_all.loss_metric.KEPT_WINDOWS = (0.6,)
-    run_all.recall.RECORDS, run_all.recall.LINES, run_all.recall.RANKED = 4, (2, 3), 2
-    run_all.recall.WINDOWS, run_all.recall.WINDOW_LINES = (2, 32), 3
-    run_all.tasks.QUESTIONS = run_all.tasks.PROBLEMS = 3
-    run_all.tasks.SHOTS, run_all.tasks.PROMPT, run_all.tasks.ANSWER = 1, 60, 8
+            patch.setattr(script, "KEPT", [k for k in script.KEPT if k >= 0.6][:2])
+        patch.setattr(script, "SPLITS", (0, 0.1), raising=False)
+    for name, settings in SMALLEST.items():
+        for setting, value in settings.items():
+            patch.setattr(getattr(run_all, name), setting, value)
 
 
 def write_questions(folder):
@@ -54,28 +55,24 @@ def write_questions(folder):
         path.write_text(json.dumps(items) if name.endswith("json") else "\n".join(map(json.dumps, items)))
 
 
-def run_every_experiment(out):
-    """All tables and figures at their smallest, on tiny/."""
-    sys.path.insert(0, str(HERE / "experiments"))
+@pytest.fixture(scope="session")
+def every_experiment(tmp_path_factory):
+    """{script: rows} of all tables and figures at their smallest, on tiny/."""
     import run_all
-    text = str(HERE / "tiny" / "README.md")
+    out, text = tmp_path_factory.mktemp("results"), str(HERE / "tiny" / "README.md")
     try:
         import matplotlib                                                      # noqa: F401
         draw = ["--figures", str(out)]
     except ImportError:
         draw = ["--measure-only"]
     write_questions(out / "data")
-    make_smaller(run_all)
     argv = ["--text", text, "--second", str(HERE / "LICENSE"), "--calibrate", text, "--tokens", "64",
             "--data", str(out / "data"), "--device", "cpu", "--out", str(out), *draw]
-    assert run_all.study.main(*run_all.SCRIPTS, argv=argv) == 0
-
-
-@pytest.fixture(scope="session")
-def every_experiment(background_jobs):
-    """{script: rows}."""
-    results = finished_job("every_experiment").glob("*-tiny.json")
-    return {path.stem.removesuffix("-tiny"): json.loads(path.read_text())["rows"] for path in results}
+    with pytest.MonkeyPatch.context() as patch:
+        make_smaller(run_all, patch)
+        assert run_all.study.main(*run_all.SCRIPTS, argv=argv) == 0
+    return {path.stem.removesuffix("-tiny"): json.loads(path.read_text())["rows"]
+            for path in out.glob("*-tiny.json")}
 
 
 def test_every_table_and_figure_is_run_and_listed(every_experiment):

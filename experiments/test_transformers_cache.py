@@ -24,7 +24,7 @@ transformers.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 PROMPT = "Once upon a time there was a little dog who liked to play in the park with his friends. "
 KINDS = {"full rank": ("compressed", None, {}), "LoRC": ("compressed", 0.6, {}),
-         "bi-branch": ("bibranch", 0.4, {}), "4 bits": ("bibranch", 0.4, {"bits": 4}),
+         "bi-branch": ("bibranch", 0.4, {}),
          "4 bits, short window": ("bibranch", 0.4, {"bits": 4, "sinks": 1, "window": 5}),
          "no exact tokens": ("bibranch", 0.4, {"sinks": 0, "window": 0})}
 
@@ -94,7 +94,7 @@ def padded(texts):
 def test_greedy_text_and_bytes_are_those_of_our_own_caches(real, name):
     hf, llama, ids = real
     kind, kept, options = KINDS[name]
-    bases, n = bases_of(llama, kept), 100
+    bases, n = bases_of(llama, kept), 60                 # leaves two groups of 32 in a short window
     caches = lorc.new_caches(llama, kind, ids.shape[1] + n - 1, bases, **options)
     cache = LowRankCache(hf, bases, kind, **options)
     assert generate(hf, ids, n, cache)[0].tolist() == ours(llama, caches, ids, n)
@@ -104,7 +104,7 @@ def test_greedy_text_and_bytes_are_those_of_our_own_caches(real, name):
     assert cache.nbytes == sum(c.nbytes for c in caches)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "full rank"])
 def test_each_row_of_a_padded_batch_is_its_own_single_run(real, name):
     """Four prompts of three lengths, one shorter than the sinks, one of a single token."""
     hf, llama, ids = real
@@ -112,10 +112,10 @@ def test_each_row_of_a_padded_batch_is_its_own_single_run(real, name):
     bases, x = bases_of(llama, kept), ids[0].tolist()
     texts = [x, x[5:-4], x[3:6], x[4:-5]] if "LoRC" in name else [x, x[5:-4], x[:1], x[4:-5]]
     batch, mask = padded(texts)
-    out = generate(hf, batch, 60, LowRankCache(hf, bases, kind, **options), attention_mask=mask)
+    out = generate(hf, batch, 45, LowRankCache(hf, bases, kind, **options), attention_mask=mask)
     for row, text in zip(out, texts):
-        caches = lorc.new_caches(llama, kind, len(text) + 59, bases, **options)
-        assert row.tolist() == ours(llama, caches, torch.tensor([text]), 60)
+        caches = lorc.new_caches(llama, kind, len(text) + 44, bases, **options)
+        assert row.tolist() == ours(llama, caches, torch.tensor([text]), 45)
 
 
 @st.composite

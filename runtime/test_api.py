@@ -13,13 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import cache
 import lorc
 import model
 from cache import Basis
 from runtime import scoring
-from runtime.testing import (HERE, RAW, REAL, TOKENS, VARIANTS, full, small_model,
+from runtime.testing import (HERE, RAW, REAL, TOKENS, VARIANTS, Text, close, full, small_model,
                              write_checkpoint)
-from runtime.testing import background_jobs, real, small  # noqa: F401 (fixtures)
+from runtime.testing import real, small  # noqa: F401 (fixtures)
 
 KINDS = ["full", "compressed", "bibranch"]
 PROMPT = torch.tensor([[1, 2, 3]])
@@ -79,6 +80,18 @@ def test_the_paper_files_have_short_functions_and_import_only_each_other(name):
         assert not any(module.split(".")[0] in ("runtime", "experiments") for module in found)
 
 
+def test_ranks_of_wide_models_are_multiples_of_8():
+    """From d_max = 1,024 on, if d_max is one; a budget less than half a step away is reached."""
+    def ranks(d_max, **options):
+        return lorc.make_plan([(1.0, 1.0)], d_max, schedule="uniform", **options).ranks
+    for d_max, d_c in ((1016, 410), (1024, 408), (1026, 410), (5120, 408)):
+        assert ranks(d_max, d_min=410) == [(d_c, d_c)] and ranks(d_max, kept=1) == [(d_max, d_max)]
+    assert ranks(1016, d_min=409.2, pairs=True) == [(410, 409)]
+    assert ranks(1024, kept=4.5 / 1024) == [(8, 8)]
+    with pytest.raises(ValueError, match="cannot be reached"):
+        ranks(1024, kept=3.5 / 1024)
+
+
 # What a wrong call raises ------------------------------------------------------------------------
 
 MISUSE = {
@@ -97,6 +110,16 @@ MISUSE = {
     "nan cannot be reached": lambda llama, bases: lorc.compress(llama, kept=math.nan),
     "moments must be finite": lambda llama, bases: lorc.compress(
         llama, kept=0.7, moments=[torch.ones(32), torch.full((32,), math.nan)]),
+    "threshold nan": lambda llama, bases: lorc.compress(llama, threshold=math.nan),
+    "skip -1": lambda llama, bases: lorc.compress(llama, skip=-1),
+    "temperature -0.5": lambda llama, bases: next(
+        lorc.generate(llama, full(llama, 9), PROMPT, 1, temperature=-0.5)),
+    "temperature nan": lambda llama, bases: next(
+        lorc.generate(llama, full(llama, 9), PROMPT, 1, temperature=math.nan)),
+    "top_p 0": lambda llama, bases: next(
+        lorc.generate(llama, full(llama, 9), PROMPT, 1, temperature=1, top_p=0)),
+    "top_p -0.1": lambda llama, bases: next(
+        lorc.generate(llama, full(llama, 9), PROMPT, 1, temperature=1, top_p=-0.1)),
     "'pca'": lambda llama, bases: lorc.calibrated_moments(llama, torch.tensor(TOKENS), "pca"),
     "more than 40": lambda llama, bases: lorc.calibrated_moments(
         llama, torch.tensor(TOKENS), "asvd", sinks=40),
@@ -109,6 +132,15 @@ def test_a_wrong_argument_raises_a_value_error_that_names_it(small, message):
     bases = lorc.compress(small, d_min=4, schedule="uniform")[1]
     with pytest.raises(ValueError, match=message):
         MISUSE[message](small, bases)
+
+
+def test_one_sort_says_what_can_be_kept(monkeypatch):
+    """At least one step of each matrix."""
+    monkeypatch.setattr(lorc, "rank_multiple", lambda d_max: 4)
+    factors = [((torch.eye(16), torch.eye(16)),) * 2] * 3
+    assert lorc.sort_ranks(factors, 0.25) == [(4, 4)] * 3
+    with pytest.raises(model.UserError, match="0.25 to 1"):
+        lorc.sort_ranks(factors, 0.2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -147,7 +179,7 @@ def test_generating_beyond_the_caches_or_the_context_raises(small, n, room, mess
     assert len(list(lorc.generate(small, full(small, room), PROMPT, n - 1))) == n - 1
 
 
-# Generation --------------------------------------------------------------------------------------
+# Generation -------------------------------------------------------------------------------------
 
 def tokens_of(steps):
     """The tokens of the only sequence in a batch."""
@@ -211,7 +243,7 @@ def test_tokens_are_drawn_at_the_temperature_from_the_top_p(temperature, top_p, 
         assert abs(share - expected) <= 4 * math.sqrt(expected * (1 - expected) / n)
 
 
-# Scoring -----------------------------------------------------------------------------------------
+# Scoring ----------------------------------------------------------------------------------------
 
 def negative_log_likelihood_by_decoding(llama, tokens, caches):
     """Sum of -ln p of each token but the first, fed one by one."""
@@ -233,7 +265,21 @@ def test_a_long_window_is_scored_as_it_is_decoded(small, kind, options):
     assert count == 599 + 99 and math.isclose(nats, want, rel_tol=1e-6)
 
 
-# Precision ---------------------------------------------------------------------------------------
+# Blocks -----------------------------------------------------------------------------------------
+
+def test_keys_rebuilt_in_several_blocks_give_the_same_attention(monkeypatch):
+    """70 tokens, in one block and in blocks of 32. Kills: a block's values or positions shifted."""
+    text = Text(0, [69, 1])
+    K, V = text.basis(5), text.basis(3)
+    want = text.attend(text.compressed_cache(K, V), [1] * 70)
+    monkeypatch.setitem(cache.REBUILT_BYTES, "cpu", 1)
+    store = text.compressed_cache(K, V)
+    assert close(text.attend(store, [1] * 70), want)
+    part = cache.LowRank(K, V, store.c_k, store.c_v, text.rope, slice(0, 70))
+    assert [span.stop for span, _ in part.blocks(1)] == [32, 64, 70]
+
+
+# Precision --------------------------------------------------------------------------------------
 
 # transformers 5.23.0, torch 2.13.0, CPU, float32: python experiments/parity.py --record
 RECORDED = {
@@ -277,6 +323,14 @@ def test_half_precision_stays_close_to_float32(real, dtype, kind):
             logits = [m(chunk, caches) for chunk in tokens.split(chunks, 1)]
             both.append(torch.cat(logits, 1).float())
         assert (both[0] - both[1]).norm() < 0.1 * both[0].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_four_bits_keep_a_channel_of_small_range_in_half_precision(dtype):
+    """A range of 4e-4 over 15 is below float16's smallest normal number and comes back to a step.
+    Kills: a scale clamped at that number, which lost the channel."""
+    c = torch.linspace(0, 4e-4, 32).view(1, 32, 1).to(dtype)
+    assert (cache.dequantize(*cache.quantize(c)) - c).abs().max() <= 4e-4 / 15
 
 
 def test_angles_of_late_positions_are_not_computed_in_bfloat16():

@@ -1,4 +1,4 @@
-"""What the test files share: small checkpoints, an independent LLaMA, tolerances, background jobs.
+"""What the test files share: small checkpoints, an independent LLaMA, tolerances.
 
     small_model()     a LLaMA with 2 layers and grouped queries, in float64
     write_checkpoint  the same, or another variant, as a Hugging Face folder
@@ -15,8 +15,6 @@ import functools
 import json
 import math
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -31,6 +29,7 @@ import lorc
 import model
 from cache import Basis, BiBranchCache, CompressedCache, FullCache
 from runtime import cli as command
+from runtime.bounds import own_text
 from runtime.text import Tokenizer
 
 HERE = Path(__file__).resolve().parent.parent                  # the repository's folder
@@ -40,6 +39,7 @@ settings.register_profile("lorc_ci", settings.get_profile("lorc"), derandomize=T
 settings.load_profile("lorc_ci" if os.environ.get("CI") else "lorc")
 torch.set_grad_enabled(False)
 torch.set_num_threads(1)                                  # the matrices are too small for more
+os.environ["OMP_NUM_THREADS"] = "1"                       # also in processes that tests start
 
 
 def close(a, b, scale=1.0):
@@ -132,6 +132,13 @@ def real_model():
     tokenizer = Tokenizer(REAL, llama.config)
     tokens = tokenizer.encode("Once upon a time there was a little girl. ")
     return llama, tokenizer, torch.tensor([tokens])
+
+
+@functools.cache
+def real_text():
+    """512 tokens (T,) that the real checkpoint wrote."""
+    llama, tokenizer, _ = real_model()
+    return own_text(llama, tokenizer.encode("Once"), 512)[0]
 
 
 @pytest.fixture
@@ -271,40 +278,3 @@ def texts(max_chunks=6, max_chunk=9, **fixed):
     shape = {"B": st.integers(1, 2), "G": st.integers(1, 3), "R": st.integers(1, 3),
              "d": st.sampled_from([2, 4, 6, 8])}
     return st.builds(Text, st.integers(0, 2**32), chunks, **shape | fixed)
-
-
-# Slow jobs in the background ---------------------------------------------------------------------
-
-JOBS = {}                  # fixture name -> (process, the folder that it writes its results to)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def background_jobs(request, tmp_path_factory):
-    """Start the slow jobs whose results a selected test needs, before the first test runs.
-
-    A job NAME is the function run_NAME(folder) of the test module that has the fixture NAME.
-    """
-    for item in request.session.items:
-        for name in getattr(item, "fixturenames", ()):
-            run = getattr(item.module, f"run_{name}", None)
-            if run and name not in JOBS:
-                folder, source = tmp_path_factory.mktemp(name), Path(item.module.__file__)
-                program = (f"import sys, pathlib; "
-                           f"sys.path[:0] = [{str(HERE)!r}, {str(source.parent)!r}]; "
-                           f"import {source.stem} as tests; "
-                           f"tests.run_{name}(pathlib.Path({str(folder)!r}))")
-                JOBS[name] = subprocess.Popen(
-                    [sys.executable, "-c", program], cwd=HERE, text=True,
-                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT), folder
-    yield
-    for process, _ in JOBS.values():
-        with process:
-            process.kill()
-
-
-def finished_job(name, timeout=600):
-    """Wait for a background job. Returns the folder with its results."""
-    process, folder = JOBS[name]
-    output, _ = process.communicate(timeout=timeout)
-    assert process.returncode == 0, output
-    return folder
