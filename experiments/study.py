@@ -384,9 +384,9 @@ def command_line(about, several):
     add("--data", type=Path, metavar="DIR", help="Folder of the questions of recall.py and tasks.py"
         " (longeval/, boolq/, openbookqa/, gsm8k/); without it these two are left out.")
     add("--tokens", type=int, default=2**14, metavar="N", help="Tokens to score. Default: 16384.")
-    add("--out", type=Path, default=HERE / "results", metavar="DIR", help="Default: results/ here.")
-    add("--figures", type=Path, default=HERE / "figures", metavar="DIR",
-        help="Default: figures/ here.")
+    add("--out", type=Path, metavar="DIR", help="Folder of the result files. Default: results/ here.")
+    add("--figures", type=Path, metavar="DIR", help="Folder of pictures and tables. Default: the"
+        " folder of --out if it is given, otherwise figures/ here.")
     if several:
         add("--only", metavar="A,B", help="Run these scripts only. Default: all.")
     add("--plot-only", action="store_true", help="Measure nothing; draw from the files in --out.")
@@ -419,6 +419,8 @@ def main(*scripts, argv=None):
     p = command_line("Every table and figure." if several else scripts[0].__doc__, several)
     args = p.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.figures = args.figures or args.out or HERE / "figures"
+    args.out = args.out or HERE / "results"
     scripts = chosen(scripts, p, args)
     try:
         study = None if args.plot_only else Study(args)
