@@ -2,15 +2,15 @@
 
 A cache serves one layer. It is made for B sequences of at most `capacity` tokens. Its method
 `attend(q, k, v, rope)` takes queries q (B, T, H, d), keys and values k, v (B, T, G, d) of T new
-tokens, before rotation, stores keys and values, and returns causal attention (B, T, H, d) over
-everything stored. H counts the query heads, G the key and value heads, d is the size of a head.
+tokens, before rotation, stores keys and values, and returns the queries' causal attention over
+all tokens so far, (B, T, H, d). There are H query heads and G key-value heads of size d.
 
 Stored tokens form parts, exact or low-rank. The function `attend` computes one softmax over all:
 
-    cache             parts                                    numbers per token
-    FullCache         Exact                                    2 * G*d
+    cache             parts                                    stored per token
+    FullCache         Exact                                    2 * G*d numbers
     CompressedCache   LowRank                                  d_k + d_v
-    BiBranchCache     Exact sinks, Exact window, LowRank rest  d_k + d_v (16 or 4 bits each)
+    BiBranchCache     Exact sinks, Exact window, LowRank rest  d_k + d_v, or codes of 4 bits
 
 In a low-rank part a key k and a value v are stored as latents c_k and c_v, of d_k and d_v numbers:
 
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import einsum
 
 GROUP = 32                  # tokens that share one minimum and one scale when latents have 4 bits
-REBUILT_BYTES = {"cpu": 2**22, "cuda": 2**26}    # of keys that are rebuilt at a time, per block
+REBUILT_BYTES = {"cpu": 2**22, "cuda": 2**26}    # of rebuilt keys in a block
 
 
 # Eq. 1: attention --------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ class Basis:
     """
 
     down: torch.Tensor                    # (d_c, G*d)
-    up: torch.Tensor                      # (G*d, d_c)
+    up: torch.Tensor                      # (G*d, d_c), or one for each sequence: (B, G*d, d_c)
 
     @property
     def d_c(self) -> int:
@@ -86,7 +86,7 @@ class Basis:
 
     def reconstruct(self, c, d):
         """Latents c (B, S, d_c), shared by all heads [E3] -> keys or values (B, S, G, d)."""
-        return F.linear(c, self.up).unflatten(-1, (-1, d))
+        return (c @ self.up.mT).unflatten(-1, (-1, d))
 
     def reconstruct_heads(self, o, d):
         """Eq. 9: sums of latents (B, T, H, d_c) -> (B, T, H, d); a head uses its rows of U [E2]."""
@@ -105,14 +105,15 @@ class Basis:
     def scores(self, q, c, rope, positions):
         """Rotated queries q (B, T, H, d) and stored latents (B, S, d_c) -> scores (B, T, H, S).
 
-        App. C folds U into q, which ignores the rotation between U and the cached key [E4]."""
+        A score is q^T R_n U c. The rotation R_n depends on the key's position n, so that U cannot
+        be folded into q, as Eq. 7 and App. C do it, unless U commutes with all R_n [E4]."""
         return scores(q, self.rotated_keys(c, rope, positions, q.shape[-1]))
 
 
 # The parts of a cache, and one softmax over them --------------------------------------------------
 
 class Exact(NamedTuple):
-    """Rotated keys and values of some tokens, each (B, S, G, d)."""
+    """The rotated keys of some tokens, and their values: (B, S, G, d) each."""
     k: torch.Tensor
     v: torch.Tensor
 
@@ -129,10 +130,9 @@ class Exact(NamedTuple):
 class LowRank(NamedTuple):
     """Latents of the tokens at `positions`, in a store that can `read` any span of them.
 
-    Keys are rebuilt block by block, because Eq. 7 is impossible under rotation [E4]. Values are not
-    rotated: their latents are summed first, and only the sum is expanded (Eq. 9). Weights stay as
-    they are: W_q or W_o multiplied by U would be larger than before [E5], and multiplying the query
-    by U costs more than rebuilding the keys [E18].
+    For one query, keys are rebuilt block by block, and the latents of the values are summed before
+    the sum is expanded (Eq. 9). Weights stay as they are, because W_q or W_o times U would be
+    larger if d_c > d [E5]. Turning U by R_n costs H/G times as much as rebuilding the key [E18].
     """
 
     K: Basis
@@ -169,7 +169,7 @@ class LowRank(NamedTuple):
 def attend(q, parts):
     """Attention of rotated queries q (B, T, H, d) over all parts, with one softmax: Eq. 1.
 
-    Several queries, whose own tokens are the last ones, share keys and values rebuilt once."""
+    With several queries, whose tokens come last, all keys and values are rebuilt once."""
     d = q.shape[-1]
     if q.shape[1] > 1:
         keys, values = zip(*(part.materialize(d) for part in parts))
@@ -203,7 +203,7 @@ class Latents(Buffers):
 
 
 def affine_codes(c, bits=4):
-    """Round latents c (B, 32*j, d_c) to `bits` bits.
+    """Round latents c (B, 32*j, d_c), which are j groups of 32 tokens, to `bits` bits.
 
     Returns codes (B, j, 32, d_c), minimum and scale (B, j, 1, d_c): c is about codes * scale +
     minimum. Each channel has its own minimum and scale in each group of 32 tokens, because channels
@@ -226,7 +226,7 @@ def quantize(c):
 
 
 def dequantize(packed, minimum, scale):
-    """The latents (B, 32*j, d_c) that `quantize` packed, to within half a scale."""
+    """The latents (B, 32*j, d_c) that `quantize` packed, to within half a step of their codes."""
     codes = torch.stack((packed & 15, packed >> 4), 2).flatten(1, 2)
     return (codes.unflatten(1, (-1, GROUP)) * scale + minimum).flatten(1, 2)
 
@@ -258,8 +258,8 @@ class QuantizedLatents(Buffers):
         if new:
             groups = slice(complete, complete + new)
             rows = slice(groups.start * GROUP // 2, groups.stop * GROUP // 2)
-            packed = quantize(c[:, :new * GROUP])
-            self.packed[:, rows], self.minimum[:, groups], self.scale[:, groups] = packed
+            codes = quantize(c[:, :new * GROUP])
+            self.packed[:, rows], self.minimum[:, groups], self.scale[:, groups] = codes
         self.pending[:, :self.length % GROUP] = c[:, new * GROUP:]
 
     def read(self, span):
@@ -323,12 +323,12 @@ class CompressedCache(Cache):
 
 
 class BiBranchCache(Cache):
-    """CSKV's cache: the first `sinks` and last `window` tokens exact, latents of those between.
+    """CSKV's cache with sinks: first `sinks` and last `window` tokens exact, latents in between.
 
-    The rule [E34]: a token is compressed once, when it leaves the window. A token that arrives
-    alone is itself one of the last `window` tokens. Tokens that arrive together, as a prompt does,
-    see each other exactly, and see earlier tokens as they are stored at that moment. The window is
-    a ring buffer: token i after the sinks is in slot i % window [E33].
+    A token is compressed once, when it leaves the window; therefore its key is kept unrotated. One
+    that arrives alone is itself among the last `window`. Tokens that arrive together, as a prompt
+    does, see each other exactly, and see earlier tokens as they are stored at that moment [E34].
+    The window is a ring buffer: token i after the sinks is in slot i % window [E33].
 
     With `simulate_decoding`, attend computes in one call, without storing anything, what the
     queries of a whole text would read if its tokens arrived one by one. Texts are scored this way.
@@ -342,11 +342,11 @@ class BiBranchCache(Cache):
         super().__init__(B, capacity, K.down)
         self.K, self.V, self.d, self.simulate_decoding = K, V, d, simulate_decoding
         self.sinks, self.window, self.bits = sinks, window, bits
-        G, after_sinks = K.up.shape[0] // d, max(0, capacity - sinks)
+        G, after_sinks = K.up.shape[-2] // d, max(0, capacity - sinks)
         self.sink_k, self.sink_v = K.down.new_zeros(2, B, min(sinks, capacity), G, d)
         self.ring_k, self.ring_v = K.down.new_zeros(2, B, min(window, after_sinks), G, d)
         between = max(0, after_sinks - window)
-        between += -between % 8 if bits == 16 else 0             # GPUs prefer multiples of 8
+        between += -between % 8 if bits == 16 else 0             # fastest on GPUs
         store = Latents if bits == 16 else QuantizedLatents
         self.c_k, self.c_v = (store(B, between, basis.d_c, basis.down) for basis in (K, V))
 
@@ -410,7 +410,7 @@ class BiBranchCache(Cache):
         rest = slice(min(self.sinks, T), T)
         c_k, c_v = self.K.cached_latents(k[:, rest], rope, rest), self.V.project(v[:, rest])
         forms = [(c_k, c_v)]
-        if self.bits < 16:                               # gradients pass through the rounding
+        if self.bits < 16:                               # the gradient ignores the rounding
             forms.append([c + (round_trip(c, self.bits) - c).detach() for c in (c_k, c_v)])
         keys = [self.K.rotated_keys(c, rope, rest, self.d) for c, _ in forms]
         values = [self.V.reconstruct(c, self.d) for _, c in forms]
@@ -418,10 +418,10 @@ class BiBranchCache(Cache):
         form = self.form_at_each_step(T)                                          # (T, T)
         seen = torch.cat([form == 0, *((form == n + 1)[:, rest] for n in range(len(forms)))], 1)
         blocks = zip(q.split(512, 1), seen.split(512))                       # to bound the memory
-        return torch.cat([attention(q, keys, values, seen) for q, seen in blocks], 1)
+        return torch.cat([attention(some, keys, values, mask) for some, mask in blocks], 1)
 
     def form_at_each_step(self, T):
-        """Form (T, T) in which query i reads token j: 0 exact, 1 latent, 2 rounded, -1 not."""
+        """Form (T, T) in which query i reads token j: 0 exact, 1 latent, 2 rounded, -1 unseen."""
         i, j = torch.arange(T, device=self.device)[:, None], torch.arange(T, device=self.device)
         form = ((j >= self.sinks) & (j <= i - self.window)).long()
         if self.bits < 16:                               # rounded once its group of 32 is complete

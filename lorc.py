@@ -23,7 +23,7 @@ Not included: token eviction, changes to the weights [E5], and training.
 import sys
 
 if __name__ == "__main__":
-    sys.path.insert(0, __file__.rpartition("/")[0] or ".")        # also with PYTHONSAFEPATH=1
+    sys.path.insert(0, __file__.rpartition("/")[0] or ".")        # absent if PYTHONSAFEPATH=1
     from runtime.cli import main
     sys.exit(main())
 
@@ -54,7 +54,7 @@ def svd_factors(W, d_c):
 
 
 def spectrum(W, C=None, M=None):
-    """Eigenvalues (m,), falling, and eigenvectors (m, m) of M^1/2 W C W^T M^1/2, for W (m, n).
+    """Eigenvalues (m,), descending, and eigenvectors (m, m) of M^1/2 W C W^T M^1/2, W (m, n).
 
     C is the second moment E[x x^T] of the inputs: (n, n), or (n,) if diagonal. M (m, m) weights the
     error. None means the identity. With neither, the eigenvalues are sigma^2 and the eigenvectors
@@ -146,16 +146,16 @@ def rank_multiple(d_max):
 
 
 def solve_d_min(kept, ranks_of, d_max):
-    """The d_min for which ranks_of(d_min) keeps the fraction `kept`, found by bisection.
+    """The d_min for which ranks_of(d_min) keeps `kept`, up to rounding, found by bisection.
 
-    ranks_of: d_min -> [(d_k, d_v)]. Raises UserError if no d_min in [1, d_max] comes close."""
+    ranks_of: d_min -> [(d_k, d_v)]. Raises UserError if no d_min in [1, d_max] does."""
     def fraction(d_min):
         return Plan([], [], ranks_of(d_min), d_max).kept
     low, high, slack = 1.0, float(d_max), 0.5 * rank_multiple(d_max) / d_max
     if not fraction(low) - slack <= kept <= fraction(high) + slack:
         lowest, highest = math.ceil(1e3 * fraction(low)) / 1e3, fraction(high)
         raise UserError(f"kept {kept:g} cannot be reached; with this schedule, skip, threshold "
-                        f"and split, it can be {lowest:g} to {highest:.4g}")
+                        f"and split, choose a value from {lowest:g} to {highest:.4g}")
     while high - low > 1e-6:
         middle = (low + high) / 2
         low, high = (middle, high) if fraction(middle) < kept else (low, middle)
@@ -166,7 +166,7 @@ def solve_d_min(kept, ranks_of, d_max):
 
 @dataclass(frozen=True)
 class Plan:
-    """What Algorithm 1 decides for each layer."""
+    """The ranks of all layers, and the condition numbers that Algorithm 1 takes them from."""
     log_kappa: list         # (ln kappa(Wk), ln kappa(Wv)): Eq. 10
     log_kappa_tilde: list   # ln kappa~_l: Eq. 12
     ranks: list             # (d_k, d_v): Eq. 13
@@ -192,7 +192,7 @@ def make_plan(log_kappas, d_max, kept=0.6, d_min=None, threshold=math.inf, sched
 
     kept: the fraction to keep, for which d_min is solved unless it is given. Layers whose
     ln kappa~ is above `threshold` [E8], and the first `skip` layers, are left full. split: the
-    fraction of d_max moved from keys to values. pairs: make d_k even. Raises ValueError.
+    fraction of d_max moved from keys to values. pairs: make d_k even. Raises UserError.
     """
     if schedule not in ("progressive", "uniform"):
         raise UserError(f"schedule must be 'progressive' or 'uniform', not {schedule!r}")
@@ -215,7 +215,7 @@ def make_bases(llama, ranks, moments=None, key_basis=None):
     """Algorithm 1, lines 12-18: the bases (keys, values) of each layer, None where it is full.
 
     moments: C of each layer's inputs, None for the paper's SVD. key_basis(layer, d_k, C) may
-    replace `basis` for keys. Lines 15 and 19 are omitted: U cannot be folded into W [E4] [E5].
+    replace `basis` for keys. Lines 15 and 19 are omitted, since U cannot be folded [E4] [E5].
     """
     moments, bases = moments or [None] * len(ranks), []
     if any(C is not None and not C.isfinite().all() for C in moments):
@@ -270,16 +270,15 @@ def sample(logits, temperature, top_p, generator):
 
 
 def generate(llama, caches, tokens, n, ends=(), temperature=0.0, top_p=1.0, seed=0, step=None):
-    """Yield up to n times the next token (B,) of each sequence that follows `tokens` (B, T).
+    """Yield the next token (B,) of each sequence that follows `tokens` (B, T), at most n times.
 
-    Generation stops early once every sequence has produced a token in `ends`; it is yielded. `step`
-    may replace the model: tokens (B, T) -> logits (B, V) of the last. Raises ValueError if the
-    caches, or the model's context, are too small for T + n - 1 tokens.
+    Generation ends early when every sequence has produced a token in `ends`; all go on until then.
+    `step` may replace the model: tokens (B, T) -> logits (B, V) of the last. The first step raises
+    ValueError if the caches, or the model's context, are too small for T + n - 1 tokens.
     """
-    def forward(tokens):
-        return llama.head(llama.hidden(tokens, caches)[:, -1])
     if not (temperature >= 0 and top_p > 0):
         raise ValueError(f"temperature {temperature} must be at least 0, and top_p {top_p} above 0")
+    step = step or (lambda tokens: llama.head(llama.hidden(tokens, caches)[:, -1]))
     total = caches[0].length + tokens.shape[1] + n - 1
     room = min(llama.config.context, *(cache.capacity for cache in caches))
     if total > room:
@@ -287,7 +286,7 @@ def generate(llama, caches, tokens, n, ends=(), temperature=0.0, top_p=1.0, seed
     generator = torch.Generator(tokens.device).manual_seed(seed)
     ends, ended = torch.tensor(sorted(ends), device=tokens.device), False
     for _ in range(n):
-        new = sample((step or forward)(tokens), temperature, top_p, generator)
+        new = sample(step(tokens), temperature, top_p, generator)
         yield new
         ended = ended | torch.isin(new, ends)
         if ended.all():
@@ -314,30 +313,33 @@ def calibrated_moments(llama, tokens, kind, sinks=4, context=1024, windows=32):
     sums, count = dict.fromkeys(llama.layers, 0.0), 0
 
     def add(layer, h, cache, rope):                # called in place of the layer
-        x = layer.attn_norm(h)[0, sinks:].double()                                     # (T, D)
+        x = layer.attn_norm(h)[:, sinks:].flatten(0, 1).double()                       # (n*T, D)
         sums[layer] += x.abs().sum(0) if kind == "asvd" else x.T @ x
         return layer(h, cache, rope)
     for x in split_windows(tokens, context, windows, sinks, "second moments"):
-        llama.hidden(x[None], new_caches(llama, "full", len(x)), add)
-        count += len(x) - sinks
+        llama.hidden(x, new_caches(llama, "full", x.shape[1], B=len(x)), add)
+        count += x[:, sinks:].numel()
     return [total / count for total in sums.values()]
 
 
 def split_windows(tokens, context, windows, exact, title):
-    """The first windows of `context` tokens that have more than `exact`, with a progress bar."""
-    found = [x for x in tokens[:windows * context].split(context) if len(x) > exact]
-    if not found:
-        raise ValueError(f"the text needs a window of more than {exact} tokens")
-    return tqdm(found, title, unit=" windows", leave=False, disable=None)
+    """Batches (n, T) of the first windows of `context` tokens; the last window may be shorter."""
+    text = tokens[:windows * context]
+    n = len(text) // context
+    whole, rest = text[:n * context].view(n, context), text[None, n * context:]
+    batches = [*whole.split(8 if text.is_cuda else 1), rest]
+    batches = [x for x in batches if len(x) and x.shape[1] > exact]
+    if not batches:
+        raise ValueError(f"the text has {len(tokens)} tokens; more than {exact} are needed")
+    return tqdm(batches, title, leave=False, disable=None)
 
 
 # Beyond both papers: bases and ranks in the metric of the loss ------------------------------------
 
 def compress_for_loss(llama, tokens, kept=0.4, **options):
-    """The bases and ranks that change the model's predictions least. Returns (Plan, bases).
+    """The loss metric: bases and ranks of least theory.predicted_divergence, as (Plan, bases).
 
-    tokens (N,): sample text. options: those of fisher_factors, such as sinks, window and windows.
-    """
+    tokens (N,): sample text. options: those of fisher_factors, such as sinks, window, windows."""
     factors = fisher_factors(llama, tokens, **options)
     ranks, bases = sort_ranks(factors, kept), []
     eye = torch.eye(llama.config.kv_width).to(llama.norm.weight)
@@ -352,33 +354,32 @@ def fisher_factors(llama, tokens, sinks=4, window=32, context=1024, windows=32, 
     """For the keys and for the values of each layer, the factors (C, M) of the Fisher information.
 
     Let the cache return A k instead of each key k (or value) that it stores compressed. G is the
-    gradient of the loss with respect to A at A = I, for labels that are drawn from the model, so
-    its second moment is the Fisher information of A: A changes the predictions by a KL divergence
-    of about E[tr(G^T (A - I))^2] / 2. Each of `windows` windows of `context` tokens gives one G,
-    (G*d, G*d). Memory: weights, activations of one layer, and on the CPU all G, in their dtype.
+    gradient of the loss with respect to A at A = I, for labels drawn from the model, so its second
+    moment is the Fisher information of A (theory.predicted_divergence). Each of `windows` windows
+    of `context` tokens gives one G (G*d, G*d), through a bi-branch cache with these sinks and this
+    window. Memory: the weights, the activations of one layer, the logits, and on the CPU all G.
     """
-    like, gradients = llama.norm.weight, []
-    eye = torch.eye(llama.config.kv_width).to(like)
-    maps = [eye.clone().requires_grad_() for _ in range(2 * len(llama.layers))]   # k, v, k, v, ...
-    bases = [(Basis(eye, A_k), Basis(eye, A_v)) for A_k, A_v in zip(maps[::2], maps[1::2])]
-    generator = torch.Generator(like.device).manual_seed(seed)
+    eye, gradients = torch.eye(llama.config.kv_width).to(llama.norm.weight), []
+    generator = torch.Generator(eye.device).manual_seed(seed)
     recompute = partial(checkpoint, use_reentrant=False)   # activations, in the backward pass
     for x in split_windows(tokens, context, windows, sinks + window, "gradients of the loss"):
-        caches = new_caches(llama, "bibranch", len(x), bases, sinks=sinks, window=window,
-                            simulate_decoding=True)
+        maps = [eye.repeat(len(x), 1, 1).requires_grad_() for _ in range(2 * len(llama.layers))]
+        bases = [(Basis(eye, A_k), Basis(eye, A_v)) for A_k, A_v in zip(maps[::2], maps[1::2])]
+        caches = new_caches(llama, "bibranch", x.shape[1], bases, len(x), sinks=sinks,
+                            window=window, simulate_decoding=True)
         with torch.enable_grad():
-            logits = llama.head(llama.hidden(x[None], caches, recompute)[0]).float()       # (T, V)
+            logits = llama.head(llama.hidden(x, caches, recompute)).flatten(0, 1).float()
             labels = logits.detach().softmax(-1).multinomial(1, generator=generator)[:, 0]
-            loss = F.cross_entropy(logits, labels, reduction="sum") / len(x) ** 0.5
+            loss = F.cross_entropy(logits, labels, reduction="sum") / x.shape[1] ** 0.5
         gradients.append([G.cpu() for G in torch.autograd.grad(loss, maps)])
-    factors = [kronecker_factors(torch.stack(G).to(like.device)) for G in zip(*gradients)]
+    factors = [kronecker_factors(torch.cat(G).to(eye.device)) for G in zip(*gradients)]
     return list(zip(factors[::2], factors[1::2]))
 
 
 def kronecker_factors(G, rounds=3):
     """C and M with E[G_ij G_kl] close to M_ik C_jl, from samples G (n, m, m) of a random matrix.
 
-    The maximum likelihood of a normal distribution, by alternation: M = E[G C^-1 G^T] / m, then
+    Maximum likelihood for a matrix normal distribution, by alternating M = E[G C^-1 G^T] / m and
     C = E[G^T M^-1 G] / m. 1 % of the mean eigenvalue is added to the diagonals of both.
     """
     G, eye = G.double(), torch.eye(G.shape[-1]).to(G.device, torch.float64)
@@ -395,16 +396,15 @@ def sort_ranks(factors, kept):
     """(d_k, d_v) of each layer: the largest eigenvalues of all matrices, up to the fraction kept.
 
     Half an eigenvalue is what dropping it costs, in nats per token, whatever its layer. They are
-    sorted in steps of rank_multiple(d_max); every matrix keeps at least one. Raises ValueError if
-    `kept` is less. theory.predicted_divergence has the proof that no other ranks cost less.
-    """
+    sorted in steps of rank_multiple(d_max), and every matrix keeps at least one step. No other such
+    ranks cost less (theory.predicted_divergence). Raises UserError if `kept` is too small."""
     lam = [spectrum(torch.eye(len(C)).to(C), C, M)[0] for pair in factors for C, M in pair]
     step = rank_multiple(len(lam[0]))
     worth = torch.stack(lam).unflatten(1, (-1, step)).sum(-1)                  # (2*L, d_max/step)
     worth[:, 0] = math.inf
     count = round(kept * worth.numel())
     if count < len(worth):
-        raise UserError(f"kept {kept:g} cannot be reached; it can be {1 / worth.shape[1]:.3g} to 1")
+        raise UserError(f"kept {kept:g} cannot be reached; choose {1 / worth.shape[1]:.3g} to 1")
     chosen = worth.flatten().argsort(descending=True)[:count] // worth.shape[1]
     ranks = chosen.bincount(minlength=len(worth)) * step
     return list(zip(ranks[::2].tolist(), ranks[1::2].tolist()))

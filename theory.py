@@ -30,7 +30,7 @@ import torch.nn.functional as F
 import lorc
 import model
 
-# Each phi with the supremum of |phi'|, which a test computes again [E15].
+# Each phi with the supremum of |phi'|, which a test computes again [E15]. "steep" has one above 1.
 PHI = {"identity": (lambda z: z, 1.0), "relu": (F.relu, 1.0), "tanh": (torch.tanh, 1.0),
        "silu": (F.silu, 1.09984), "gelu": (F.gelu, 1.12891), "steep": (lambda z: 1.5 * z, 1.5)}
 
@@ -121,7 +121,7 @@ def expected_error(W, k, C=None, M=None):
 
     C = I and M = I give LoRC, C = diag(mean |x|) ASVD, and C = E[x x^T] the optimum of CSKV's
     layer-wise fine-tuning [E30]. W = I with the C and M of lorc.fisher_factors gives the loss
-    metric: x is then the key or the value itself, and the error is measured in nats.
+    metric: x is then the key or value itself, and half the error is a KL divergence in nats.
     """
     return lorc.spectrum(W, C, M)[0][k:].sum().item()
 
@@ -135,11 +135,12 @@ def predicted_divergence(factors, ranks):
     Fisher information of A: KL and its gradient are zero at A = I, and F is its Hessian there. With
     F_ij,kl = M_ik C_jl this is tr(E^T M E C) / 2, half of expected_error's objective for W = I.
 
-    lorc.sort_ranks minimizes this sum among all ranks with the same total. Proof. Other ranks can
-    be reached from those of the sort by exchanges: one matrix loses its smallest kept eigenvalue
-    and another gains its largest dropped one. The sort has kept the larger of the two, so no
-    exchange reduces the sum. Three things are left out: higher orders of E, differences between F
-    and M_ik C_jl, and covariances of the gradients of different matrices.
+    lorc.sort_ranks minimizes this sum among all ranks with the same total that are multiples, at
+    least one, of rank_multiple(d_max). Proof. Other such ranks can be reached by exchanges: one
+    matrix loses its smallest kept step of eigenvalues and another gains its largest dropped one.
+    The sort has kept the larger of the two, so no exchange reduces the sum. Three things are left
+    out: higher orders of E, differences between F and M_ik C_jl, and covariances of the gradients
+    of different matrices.
     """
     return sum(expected_error(torch.eye(len(C)).to(C), d_c, C, M) / 2
                for pair, dims in zip(factors, ranks) for (C, M), d_c in zip(pair, dims))
@@ -217,6 +218,7 @@ def attention_error_and_bound(llama, attn, x, pair):
         return q[0], v, p, torch.einsum("ths,shd->thd", p, v)
     q, v, _, o = attend(Wk, Wv)
     _, _, p_tilde, o_tilde = attend(Wk - lost[0], Wv - lost[1])
+    # the radius of attention_bound is measured from c = o
     far = torch.cdist(o.transpose(0, 1), v.transpose(0, 1)).transpose(0, 1)     # (T, H, S)
     x_norm = x.norm(dim=-1).expand(T, 1, T) * seen
     bound = attention_bound(q.norm(dim=-1), x_norm, e_k, e_v, (far * seen).amax(-1), p_tilde, d)

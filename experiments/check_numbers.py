@@ -4,15 +4,21 @@
     python experiments/check_numbers.py --update FILE    write the results' numbers to FILE
     python experiments/check_numbers.py --unmarked FILE  list numbers without a mark
 
-A number in a document is marked by an HTML comment directly after it, which GitHub does not show:
+The numbers of a paragraph or a table are marked by an HTML comment after it, which GitHub does not
+show:
 
-    the full cache keeps 14.6 MiB<!-- = row("front-tiny", label="full")["bytes"] / 2**20 -->
+    The full cache takes 14.6 MiB.
+
+    <!-- = row("front-tiny", label="full")["bytes"] / 2**20 -->
 
 The comment is a Python expression. Its value, rounded to the digits that the document prints, must
 be the printed number. `+3.8` prints the sign, `14,955` prints separators, and both are kept by
---update. A comment with several expressions marks as many numbers before it, in their order:
+--update. A comment with several expressions marks as many numbers before it, in their order; `_`
+stands for a number that is no result:
 
-    8,273 with Eq. 13 and 14,955 without<!-- = a["perplexity"], b["perplexity"] -->
+    8,273 with Eq. 13 and 14,955 without
+
+    <!-- = a["perplexity"], _, b["perplexity"] -->
 
 Numbers inside `code spans` and code blocks are never marked. An expression may use
 
@@ -28,7 +34,7 @@ and the names that an earlier comment of the same document defines:
     <!-- let S = "front-SmolLM2-135M-Instruct" -->
     <!-- let full = row(S, label="full") -->
     <!-- let loss = row(S, label="loss metric, 4 bits", wanted=0.4) -->
-    | loss metric, 4 bits | 12.5 %<!-- = kept_bytes(loss) --> | +0.9 %<!-- = above(loss, full) --> |
+    <!-- = kept_bytes(loss), above(loss, full) -->
 
 A document that has a mark must mark all of its numbers with a decimal point, a thousands separator
 or a percent sign; --unmarked lists those that are missing. Numbers that are settings or come from a
@@ -91,7 +97,7 @@ class Results:
         """What an expression may use."""
         return {"result": self.result, "row": self.row, "percent": lambda x: 100 * x,
                 "above": above, "kept_bytes": lambda row: 100 * row["bytes"] / row["full_bytes"],
-                "min": min, "max": max, "sum": sum, "len": len, "abs": abs, "round": round,
+                "_": None, "min": min, "max": max, "sum": sum, "len": len, "abs": abs, "round": round,
                 "zip": zip}
 
 
@@ -136,7 +142,11 @@ def like(value, printed):
 
 
 def agrees(value, printed):
-    """Does `value` round to the printed number? A value halfway may be rounded either way."""
+    """Does `value` round to the printed number? A value halfway may be rounded either way.
+
+    None, which `_` stands for, agrees with every number."""
+    if value is None:
+        return True
     number = float(printed.replace(",", "").replace("−", "-"))
     return abs(value - number) <= 0.5 * 10 ** -digits(printed) * (1 + 1e-9)
 
@@ -144,10 +154,9 @@ def agrees(value, printed):
 def evaluate(expression, names):
     """The values of an expression, a list. Raises NumberError."""
     try:
-        value = eval(expression, names | {"__builtins__": {}})      # our own documents: not hostile
+        return [*eval(f"({expression},)", names | {"__builtins__": {}})]    # our own documents
     except (LookupError, TypeError, NameError, SyntaxError, ArithmeticError, OSError) as e:
         raise NumberError(f"`{expression}` cannot be evaluated: {e!r}") from None
-    return list(value) if isinstance(value, tuple) else [value]
 
 
 def marks(text, results):
@@ -165,7 +174,7 @@ def marks(text, results):
                 raise NumberError(f"line {line_of(text, comment)}: {len(numbers)} numbers stand "
                                   f"before a comment that marks {len(values)}")
             yield from zip(numbers, values)
-        start = comment.end()
+            start = comment.end()
 
 
 def disagreements(text, results):

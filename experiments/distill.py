@@ -44,7 +44,7 @@ from cache import Basis                                            # noqa: E402
 from record import provenance                                      # noqa: E402
 
 SINKS = 4             # as BiBranchCache has them: these positions stay exact and are not measured
-CALIBRATION = 64      # windows that the start is measured on
+CALIBRATION = 128     # windows that the start is measured on
 PATIENCE = 6          # validations without a new best, after which training stops
 SHOTS = 5             # answered questions in front of each question
 
@@ -126,16 +126,12 @@ def bases_of(factors):
 # Training ----------------------------------------------------------------------------------------
 
 def divergence(llama, x, bases, bits):
-    """KL(full model || compressed) of the next token: mean nats over windows x (B, T).
-
-    On a GPU the matrix products are in bfloat16; what is measured before and after is not.
-    """
+    """KL(full model || compressed) of the next token: mean nats over windows x (B, T)."""
     B, T = x.shape
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-        with torch.no_grad():
-            full = llama(x, lorc.new_caches(llama, "full", T, B=B)).log_softmax(-1)
-        ours = llama(x, bibranch(llama, T, bases, bits, B)).log_softmax(-1)
-        return F.kl_div(ours, full, log_target=True, reduction="sum") / x.numel()
+    with torch.no_grad():
+        full = llama(x, lorc.new_caches(llama, "full", T, B=B)).log_softmax(-1)
+    ours = llama(x, bibranch(llama, T, bases, bits, B)).log_softmax(-1)
+    return F.kl_div(ours, full, log_target=True, reduction="sum") / x.numel()
 
 
 @torch.no_grad()
@@ -160,6 +156,8 @@ def train(llama, factors, windows, held, args):
     """
     optimizer = torch.optim.AdamW(factors.parameters(), args.lr, (0.9, 0.95), weight_decay=0)
     run = resume(factors, optimizer, args)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")          # TF32 on a GPU, while training only
     begun, losses = time.perf_counter() - run["seconds"], []
     while True:
         run["seconds"] = time.perf_counter() - begun
@@ -171,6 +169,7 @@ def train(llama, factors, windows, held, args):
             losses = []
         if progress >= 1 or len(run["curve"]) - run["best_at"] > PATIENCE:
             factors.load_state_dict(run["best"])
+            torch.set_float32_matmul_precision(precision)
             return run["curve"], run["seconds"]
         for group in optimizer.param_groups:
             warm = min(1, (run["step"] + 1) / 10)

@@ -18,7 +18,7 @@ of the loss is measured on four times as much text as C; "whitened, more text" h
 caches are bi-branch (4 sinks, a window of 32).
 
 Verdict: at equal ranks the metric of the loss costs least on all three models, and its ranks help
-all other bases on SmolLM2, too; more text does not help `whitened`.
+all other bases on SmolLM2, too. There, more text hardly helps `whitened`.
 
     python experiments/metric.py --model PATH --text FILE --calibrate OTHER_FILE
 """

@@ -32,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import lorc                                                        # noqa: E402
 from runtime import jobs                                           # noqa: E402
+from runtime.cli import BUNDLED_TEXT                                # noqa: E402
 from runtime.commuting import commuting_basis                      # noqa: E402
 from runtime.text import Tokenizer                                 # noqa: E402
 import model                                                       # noqa: E402
@@ -134,15 +135,21 @@ class Study:
                                        basis, SINKS, self.context, self.windows(tokens))
 
     @functools.cache
-    def fisher_factors(self):
-        """(C, M) of the keys and of the values of each layer, in the metric of the loss."""
+    def fisher_factors(self, bundled=False):
+        """(C, M) of the keys and of the values of each layer, in the metric of the loss.
+
+        bundled: from the text that comes with the project, and as many windows as lorc.py reads.
+        """
+        if bundled:
+            return lorc.fisher_factors(self.llama, self.encode(BUNDLED_TEXT), sinks=SINKS,
+                                       context=self.context)
         return lorc.fisher_factors(self.llama, self.calibration, sinks=SINKS,
                                    context=self.context, windows=self.windows(self.args.loss_tokens))
 
     @functools.cache
-    def loss_ranks(self, kept):
+    def loss_ranks(self, kept, bundled=False):
         """(d_k, d_v) of each layer by one sort in the metric of the loss."""
-        return lorc.sort_ranks(self.fisher_factors(), kept)
+        return lorc.sort_ranks(self.fisher_factors(bundled), kept)
 
     @functools.cache
     def spectra(self, basis):
@@ -175,9 +182,9 @@ class Study:
         eye = torch.eye(self.config.kv_width).to(self.weights[0][0])
         if basis == "identity":
             return [(Basis(eye, eye),) * 2] * self.config.layers
-        if basis == "loss":
+        if basis in ("loss", "loss, bundled text"):
             return [[lorc.basis(eye, len(eye), *factors) for factors in pair]
-                    for pair in self.fisher_factors()]
+                    for pair in self.fisher_factors(basis != "loss")]
         moments, metrics = self.moments(basis), [(None, None)] * self.config.layers
         if basis == "query":
             from metric import query_metrics        # here, because metric.py imports this module
@@ -209,10 +216,12 @@ class Study:
                 for layer, (d_k, d_v) in enumerate(ranks)]
 
     def compressed(self, kept, basis, ranks=None, **plan):
-        """Ranks and bases. ranks: these instead of the plan's. `loss, sorted` brings its own ranks.
-        """
+        """Ranks and bases. ranks: these instead of the plan's. `loss, sorted` brings its own ranks,
+        and so does `loss, bundled text`."""
         if basis == "loss, sorted":
             ranks, basis = self.loss_ranks(kept), "loss"
+        if basis == "loss, bundled text":
+            ranks = self.loss_ranks(kept, bundled=True)
         ranks = ranks or self.plan(kept, **plan)
         return ranks, self.bases(ranks, basis)
 
@@ -375,9 +384,9 @@ def command_line(about, several):
     add("--data", type=Path, metavar="DIR", help="Folder of the questions of recall.py and tasks.py"
         " (longeval/, boolq/, openbookqa/, gsm8k/); without it these two are left out.")
     add("--tokens", type=int, default=2**14, metavar="N", help="Tokens to score. Default: 16384.")
-    add("--out", type=Path, default=HERE / "results", metavar="DIR", help="Default: results/ here.")
-    add("--figures", type=Path, default=HERE / "figures", metavar="DIR",
-        help="Default: figures/ here.")
+    add("--out", type=Path, metavar="DIR", help="Folder of the result files. Default: results/ here.")
+    add("--figures", type=Path, metavar="DIR", help="Folder of pictures and tables. Default: the"
+        " folder of --out if it is given, otherwise figures/ here.")
     if several:
         add("--only", metavar="A,B", help="Run these scripts only. Default: all.")
     add("--plot-only", action="store_true", help="Measure nothing; draw from the files in --out.")
@@ -410,6 +419,8 @@ def main(*scripts, argv=None):
     p = command_line("Every table and figure." if several else scripts[0].__doc__, several)
     args = p.parse_args(argv)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.figures = args.figures or args.out or HERE / "figures"
+    args.out = args.out or HERE / "results"
     scripts = chosen(scripts, p, args)
     try:
         study = None if args.plot_only else Study(args)
@@ -426,7 +437,8 @@ def main(*scripts, argv=None):
 # Drawing -----------------------------------------------------------------------------------------
 
 FLOOR = 0.1     # percent above the full cache's perplexity; what is less is drawn here
-TEXTS = {"wiki.test.raw": "WikiText-2", "stories.txt": "TinyStories"}
+TEXTS = {"wiki.test.raw": "WikiText-2", "stories.txt": "TinyStories",
+         "tinystories_197k.txt": "TinyStories"}
 
 # Told apart in grey, too: each has its own marker and dashes
 LOOKS = [("#111111", "o", "-"), ("#d95f02", "s", "--"), ("#1f5fa8", "^", "-."),
