@@ -399,7 +399,7 @@ def net_error(Ws, ks, x, phi):
     return theory.norm(theory.forward(Ws, x, phi)[-1] - x_tilde[-1]), x_tilde
 
 
-@settings(max_examples=2000)
+@settings(max_examples=500)
 @given(nets())
 def test_theorem_3_corrected_bounds_the_error_of_a_network(net):
     """[E11]: ||x_L - x~_L|| <= sum of L_phi^(L-i+1) sigma ||x~_{i-1}|| prod_{j>i} ||W_j||, and the
@@ -655,7 +655,7 @@ def attention(q, keys, values, rope):
     return (p[..., None] * values).sum(1, keepdim=True)
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(texts(max_chunk=40), st.integers(0, 3), st.integers(0, 9), st.sampled_from([16, 4]))
 @example(Text(1, [40, 1, 1, 30, 1, 7, 1]), 2, 5, 4)
 @example(Text(2, [3, 2, *[1] * 80]), 1, 4, 4)
