@@ -3,8 +3,7 @@
     label                   what is measured
     seed 0, 1, 2            bases from --calibrate; the labels are drawn with this seed
     8, 16, 32, 64 windows   seed 0, with so few windows of text; seed 0 has those of --loss-tokens
-    bundled text            runtime/calibration.txt instead of --calibrate, and as many windows as
-                            `lorc.py --calibrate` reads
+    bundled text            32 windows of runtime/calibration.txt instead of --calibrate
     asvd, whitened          these bases with one rank for all layers, for comparison
     no exact tokens, BASIS  neither sinks nor window: all keys and values that a query reads are
                             compressed, as in most other papers; `loss` beside `svd`, `asvd` and

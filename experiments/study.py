@@ -138,11 +138,11 @@ class Study:
     def fisher_factors(self, bundled=False):
         """(C, M) of the keys and of the values of each layer, in the metric of the loss.
 
-        bundled: from the text that comes with the project, and as many windows as lorc.py reads.
+        bundled: from 32 windows of the text that comes with the project.
         """
         if bundled:
             return lorc.fisher_factors(self.llama, self.encode(BUNDLED_TEXT), sinks=SINKS,
-                                       context=self.context)
+                                       context=self.context, windows=32)
         return lorc.fisher_factors(self.llama, self.calibration, sinks=SINKS,
                                    context=self.context, windows=self.windows(self.args.loss_tokens))
 

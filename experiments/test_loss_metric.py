@@ -39,6 +39,21 @@ def test_training_starts_from_the_bases_and_ranks_of_the_loss_metric(tiny):
             assert (A - B).norm() < 1e-4 * B.norm()
 
 
+@pytest.mark.parametrize("batches, recompute", [(2, True), (1, True), (1, False)])
+def test_the_factors_depend_on_neither_batches_nor_recomputation(tiny, batches, recompute,
+                                                                 monkeypatch):
+    """Two windows in `batches` batches, with and without the activations of all layers, for the
+    likeliest labels. Kills: gradients of all windows of a batch in one sum."""
+    llama, text = tiny
+    monkeypatch.setattr(torch.Tensor, "multinomial", lambda p, n, **_: p.topk(n).indices)
+    want = lorc.fisher_factors(llama, text, context=64, window=8)
+    monkeypatch.setattr(lorc, "split_windows", lambda tokens, *_: tokens.view(-1, 64).chunk(batches))
+    found = lorc.fisher_factors(llama, text, window=8, recompute=recompute)
+    for one, other in zip(found, want):
+        for A, B in zip((*one[0], *one[1]), (*other[0], *other[1])):
+            assert torch.allclose(A, B, rtol=1e-8, atol=1e-12 * B.norm())
+
+
 def test_the_measured_divergence_is_the_mean_over_tokens(tiny):
     """Against the sum over the vocabulary of p ln(p / q), one window at a time."""
     llama, text = tiny

@@ -317,7 +317,8 @@ def add_plan_flags(group):
               "--calibrate. loss: E[xx^T], in the metric of the model's own loss, which also "
               "chooses the ranks. Default: svd; loss with --calibrate.")
     flag("--calibrate", type=nonempty_text, nargs="?", const=BUNDLED_TEXT, metavar="FILE",
-         help="Measure C on this text, in windows of up to 1,024 tokens. "
+         help="Measure C on the first windows of this text, of up to 1,024 tokens each: 48 for "
+              "--basis loss, 32 for the others. "
               "Default without FILE: the text that comes with this program.")
     flag("--bases", type=nonempty_text, metavar="DIR",
          help="Use the bases and the plan that --save wrote.")
