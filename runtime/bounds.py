@@ -25,7 +25,7 @@ def run(args):
     checkpoint.check(folder)
     llama = model.load(folder, torch.float32)
     tokens = own_text(llama, text.Tokenizer(folder, llama.config).encode(args.prompt))
-    print("measured / bound           Thm. 1        in the mean  attention        Eq. 19")
+    print("measured / bound           Thm. 1        mean error   attention        Eq. 19")
     print("layer  d_c    worst K  worst V        V (equal)   worst  median    K      V")
     for i, d_c, k, v, mean, worst, median, fk, fv in theory.table(llama, tokens, args.kept):
         print(f"{i:5d} {d_c:4d}   {k:8.3f} {v:8.3f} {mean:16.6f} "
