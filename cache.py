@@ -74,7 +74,7 @@ class Basis:
     """
 
     down: torch.Tensor                    # (d_c, G*d)
-    up: torch.Tensor                      # (G*d, d_c), or one for each sequence: (B, G*d, d_c)
+    up: torch.Tensor                      # (G*d, d_c); (B, G*d, d_c) in fisher_factors only
 
     @property
     def d_c(self) -> int:
@@ -128,11 +128,11 @@ class Exact(NamedTuple):
 
 
 class LowRank(NamedTuple):
-    """Latents of the tokens at `positions`, in a store that can `read` any span of them.
+    """Latents of the tokens at `positions`, in a store that can `read` spans of them.
 
     For one query, keys are rebuilt block by block, and the latents of the values are summed before
     the sum is expanded (Eq. 9). Weights stay as they are, because W_q or W_o times U would be
-    larger if d_c > d [E5]. Turning U by R_n costs H/G times as much as rebuilding the key [E18].
+    larger if d_c > d [E5]. Multiplying q by R_n U costs H/G times as much as rebuilding k [E18].
     """
 
     K: Basis

@@ -166,7 +166,7 @@ def solve_d_min(kept, ranks_of, d_max):
 
 @dataclass(frozen=True)
 class Plan:
-    """The ranks of all layers, and the condition numbers that Algorithm 1 takes them from."""
+    """The ranks of all layers, and the condition numbers from which Eq. 13 takes them."""
     log_kappa: list         # (ln kappa(Wk), ln kappa(Wv)): Eq. 10
     log_kappa_tilde: list   # ln kappa~_l: Eq. 12
     ranks: list             # (d_k, d_v): Eq. 13
@@ -215,7 +215,7 @@ def make_bases(llama, ranks, moments=None, key_basis=None):
     """Algorithm 1, lines 12-18: the bases (keys, values) of each layer, None where it is full.
 
     moments: C of each layer's inputs, None for the paper's SVD. key_basis(layer, d_k, C) may
-    replace `basis` for keys. Lines 15 and 19 are omitted, since U cannot be folded [E4] [E5].
+    replace `basis` for keys. Line 15 is impossible [E4], and line 19 would enlarge W_o [E5].
     """
     moments, bases = moments or [None] * len(ranks), []
     if any(C is not None and not C.isfinite().all() for C in moments):
@@ -273,7 +273,7 @@ def generate(llama, caches, tokens, n, ends=(), temperature=0.0, top_p=1.0, seed
     """Yield the next token (B,) of each sequence that follows `tokens` (B, T), at most n times.
 
     Generation ends early when every sequence has produced a token in `ends`; all go on until then.
-    `step` may replace the model: tokens (B, T) -> logits (B, V) of the last. The first step raises
+    `step` may replace the model: tokens (B, T) -> logits (B, V) of the last. The first token raises
     ValueError if the caches, or the model's context, are too small for T + n - 1 tokens.
     """
     if not (temperature >= 0 and top_p > 0):
@@ -322,7 +322,7 @@ def calibrated_moments(llama, tokens, kind, sinks=4, context=1024, windows=32):
 
 
 def split_windows(tokens, context, windows, exact, title):
-    """Batches (n, T) of the first windows of `context` tokens; the last window may be shorter."""
+    """Batches (n, T) of the first windows of `context` tokens; all have more than `exact`."""
     text = tokens[:windows * context]
     n = len(text) // context
     whole, rest = text[:n * context].view(n, context), text[None, n * context:]
@@ -356,9 +356,9 @@ def fisher_factors(llama, tokens, sinks=4, window=32, context=1024, windows=48, 
     Let the cache return A k instead of each key k (or value) that it stores compressed. G is the
     gradient of the loss with respect to A at A = I, for labels drawn from the model, so its second
     moment is the Fisher information of A (theory.predicted_divergence). Each of `windows` windows
-    of `context` tokens gives one G (G*d, G*d), through a bi-branch cache with these sinks and this
-    window. Memory: weights, logits, all G (on the CPU), and the activations of one layer, which are
-    computed again in the backward pass; of all layers, in 20 % less time, without `recompute`.
+    of `context` tokens gives one sample of G, through a bi-branch cache with these sinks and this
+    window. Memory: weights, logits, all samples (on the CPU), and the activations of one layer,
+    which are recomputed in the backward pass; without `recompute` of all layers, 20 % faster.
     """
     eye, gradients = torch.eye(llama.config.kv_width).to(llama.norm.weight), []
     generator = torch.Generator(eye.device).manual_seed(seed)

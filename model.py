@@ -1,7 +1,7 @@
 r"""A LLaMA forward pass in plain PyTorch, and a loader for safetensors: Sec. 3 of the LoRC paper.
 
     paper                              here
-    Eq. 1, softmax(Q K^T / sqrt(d)) V  cache.attend, which holds the keys and values
+    Eq. 1, softmax(Q K^T / sqrt(d)) V  cache.attention; `attend` of the layer's cache calls it
     Eq. 2, heads joined by W_o         Attention.forward
     Eq. 3, projections of one head     Attention.forward, for all heads at once
     Eq. 20, the rotation R_n           Rope
@@ -10,7 +10,7 @@ r"""A LLaMA forward pass in plain PyTorch, and a loader for safetensors: Sec. 3 
                        \______________________________ x L ______________________________/
 
 Not included: training, dropout, biases, sliding windows, mixtures of experts, quantized weights.
-A checkpoint that needs one of these is refused by name. Otherwise `load` trusts its folder, which
+A checkpoint that needs one of the last four is rejected. Otherwise `load` trusts its folder, which
 the command line validates first with runtime/checkpoint.py.
 
 In shapes, B is the number of sequences and T that of new tokens; Config has the other letters.
@@ -31,7 +31,7 @@ class UserError(ValueError):
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of one LLaMA. Letters are those of the paper's Sec. 3 and Table 3."""
+    """The sizes of one LLaMA. D, N and d are the letters of the paper's Sec. 3."""
 
     vocab: int            # V
     width: int            # D, model dimension
@@ -73,7 +73,7 @@ class Rope:
         return freq
 
     def reserve(self, length: int, like: torch.Tensor) -> None:
-        """Extend the tables to positions 0 .. length-1, in the dtype on the device of `like`."""
+        """Extend the tables to positions 0 .. length-1, with the dtype and device of `like`."""
         if length > len(self.cos) or self.cos.dtype != like.dtype or self.cos.device != like.device:
             # Angles in float32 at least: bfloat16 has no number between 256 and 258.
             wide = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -85,7 +85,7 @@ class Rope:
     def __call__(self, x: torch.Tensor, positions, components=slice(None)) -> torch.Tensor:
         """Rotate x (B, T, heads, d) to its positions, a slice or an index tensor (T,).
 
-        Latents that commute with RoPE rotate too: number i as component components[i] of a head.
+        components: the component of a head as which each number of x turns (commuting basis).
         """
         cos, sin = self.cos[positions][..., components], self.sin[positions][..., components]
         return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)

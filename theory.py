@@ -18,7 +18,7 @@ product and not Lipschitz [E15], so Theorems 2 and 3 do not cover a whole LLaMA 
 import sys
 
 if __name__ == "__main__":
-    sys.path.insert(0, __file__.rpartition("/")[0] or ".")        # also with PYTHONSAFEPATH=1
+    sys.path.insert(0, __file__.rpartition("/")[0] or ".")        # absent if PYTHONSAFEPATH=1
     from runtime.cli import bounds_main
     sys.exit(bounds_main())
 
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 import lorc
 import model
 
-# Each phi with the supremum of |phi'|, which a test computes again [E15]. "steep" has one above 1.
+# Each phi with the supremum of |phi'|, which a test computes again [E15].
 PHI = {"identity": (lambda z: z, 1.0), "relu": (F.relu, 1.0), "tanh": (torch.tanh, 1.0),
        "silu": (F.silu, 1.09984), "gelu": (F.gelu, 1.12891), "steep": (lambda z: 1.5 * z, 1.5)}
 
@@ -121,7 +121,7 @@ def expected_error(W, k, C=None, M=None):
 
     C = I and M = I give LoRC, C = diag(mean |x|) ASVD, and C = E[x x^T] the optimum of CSKV's
     layer-wise fine-tuning [E30]. W = I with the C and M of lorc.fisher_factors gives the loss
-    metric: x is then the key or value itself, and half the error is a KL divergence in nats.
+    metric, in which half the error is a KL divergence in nats.
     """
     return lorc.spectrum(W, C, M)[0][k:].sum().item()
 
