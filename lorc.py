@@ -358,7 +358,7 @@ def fisher_factors(llama, tokens, sinks=4, window=32, context=1024, windows=48, 
     moment is the Fisher information of A (theory.predicted_divergence). Each of `windows` windows
     of `context` tokens gives one sample of G, through a bi-branch cache with these sinks and this
     window. Memory: weights, logits, all samples (on the CPU), and the activations of one layer,
-    which are recomputed in the backward pass; without `recompute` of all layers, 20 % faster.
+    which are recomputed in the backward pass; without `recompute` of all layers, in less time.
     """
     eye, gradients = torch.eye(llama.config.kv_width).to(llama.norm.weight), []
     generator = torch.Generator(eye.device).manual_seed(seed)

@@ -17,8 +17,8 @@ window of 32). An allocation that cannot keep the fraction is left out: Eq. 13 k
 least about half.
 
 Verdict: with calibrated bases one sort in the metric of the loss is the best allocation on SmolLM2,
-and on tiny and stories15M it is the best or within 0.1 points of it. Eq. 13 is the worst at 0.6
-kept, worse than its own reverse. With plain SVD no allocation is the best everywhere.
+and on tiny and stories15M it is the best or within 0.1 points of it. With them, Eq. 13 is the worst
+at 0.6 kept, worse than its own reverse. With plain SVD no allocation is the best everywhere.
 
     python experiments/allocation.py --model PATH --text FILE --calibrate OTHER_FILE
 """

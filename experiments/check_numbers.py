@@ -14,7 +14,7 @@ show:
 The comment is a Python expression. Its value, rounded to the digits that the document prints, must
 be the printed number. `+3.8` prints the sign, `14,955` prints separators, and both are kept by
 --update. A comment with several expressions marks as many numbers before it, in their order; `_`
-stands for a number that is no result:
+stands for a number that is not a result:
 
     8,273 with Eq. 13 and 14,955 without
 
@@ -53,6 +53,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 DOCUMENTS = (HERE.parent / "README.md", HERE / "README.md")
+NO_RESULT = object()                                    # what `_` stands for in an expression
 ORIGIN = ("command", "device", "torch", "commit")      # what every quoted result must have
 
 COMMENT = re.compile(r"<!--\s*(.*?)\s*-->", re.S)
@@ -97,7 +98,7 @@ class Results:
         """What an expression may use."""
         return {"result": self.result, "row": self.row, "percent": lambda x: 100 * x,
                 "above": above, "kept_bytes": lambda row: 100 * row["bytes"] / row["full_bytes"],
-                "_": None, "min": min, "max": max, "sum": sum, "len": len, "abs": abs, "round": round,
+                "_": NO_RESULT, "min": min, "max": max, "sum": sum, "len": len, "abs": abs, "round": round,
                 "zip": zip}
 
 
@@ -144,8 +145,8 @@ def like(value, printed):
 def agrees(value, printed):
     """Does `value` round to the printed number? A value halfway may be rounded either way.
 
-    None, which `_` stands for, agrees with every number."""
-    if value is None:
+    NO_RESULT agrees with every number."""
+    if value is NO_RESULT:
         return True
     number = float(printed.replace(",", "").replace("−", "-"))
     return abs(value - number) <= 0.5 * 10 ** -digits(printed) * (1 + 1e-9)
@@ -196,7 +197,7 @@ def updated(text, results):
 
 def unmarked(text, results):
     """(line, number) of every measured-looking number that has no mark and is not given."""
-    marked = {number.start() for number, _ in marks(text, results)}
+    marked = {number.start() for number, value in marks(text, results) if value is not NO_RESULT}
     given = set()
     for comment in COMMENT.finditer(text):
         if comment.group(1).startswith("given:"):

@@ -267,6 +267,16 @@ def test_a_long_window_is_scored_as_it_is_decoded(small, kind, options):
 
 # Blocks -----------------------------------------------------------------------------------------
 
+def test_a_text_is_split_into_windows_and_a_shorter_last_one():
+    """150 tokens in windows of 64; a last window of at most `exact` tokens is left out."""
+    def shapes(windows, exact):
+        return [tuple(x.shape) for x in lorc.split_windows(torch.arange(150), 64, windows, exact, "")]
+    assert shapes(9, 4) == [(1, 64), (1, 64), (1, 22)] and shapes(9, 22) == [(1, 64), (1, 64)]
+    assert shapes(1, 4) == [(1, 64)]
+    with pytest.raises(ValueError, match="150 tokens; more than 150"):
+        shapes(9, 150)
+
+
 def test_keys_rebuilt_in_several_blocks_give_the_same_attention(monkeypatch):
     """70 tokens, in one block and in blocks of 32. Kills: a block's values or positions shifted."""
     text = Text(0, [69, 1])

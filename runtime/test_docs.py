@@ -66,7 +66,7 @@ RUN = [words for _, words in EVERY_COMMAND if words[0] in ("lorc.py", "theory.py
 
 def test_every_command_that_needs_no_download_runs(tmp_path, monkeypatch, capsys):
     """In their order, so that bases which one command saves are read by the next. The metric of the
-    loss is measured on one window of the bundled text instead of 32."""
+    loss is measured on one window of the bundled text instead of 48."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(lorc, "fisher_factors", partial(lorc.fisher_factors, windows=1))
     assert len(RUN) >= 4
