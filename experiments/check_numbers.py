@@ -98,8 +98,8 @@ class Results:
         """What an expression may use."""
         return {"result": self.result, "row": self.row, "percent": lambda x: 100 * x,
                 "above": above, "kept_bytes": lambda row: 100 * row["bytes"] / row["full_bytes"],
-                "_": NO_RESULT, "min": min, "max": max, "sum": sum, "len": len, "abs": abs, "round": round,
-                "zip": zip}
+                "_": NO_RESULT, "min": min, "max": max, "sum": sum, "len": len, "abs": abs,
+                "round": round, "zip": zip}
 
 
 def above(x, full):

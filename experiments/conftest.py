@@ -1,8 +1,8 @@
 """Makes the modules importable, and runs this folder's tests in a second process.
 
-If a run of pytest selects tests in this folder and elsewhere, and has no options but -q and -v, those
-of this folder run in a process of their own, at the same time as the others. The first process
-reports their results at the end. This takes little more than half the time on two cores.
+If a run of pytest selects tests in this folder and elsewhere, and has no options but -q and -v,
+those of this folder run in a process of their own, at the same time as the others. The first
+process reports their results at the end. This saves nearly half the time on two cores.
 """
 import functools
 import os

@@ -197,3 +197,16 @@ def test_the_shared_factors_give_the_bases_of_compress_for_loss():
         for pair, other in zip(bases, want):
             assert all(torch.allclose(a.down, b.down, atol=1e-6)
                        and torch.allclose(a.up, b.up, atol=1e-6) for a, b in zip(pair, other))
+
+
+def test_the_bundled_text_has_factors_of_its_own(monkeypatch):
+    """Tokens and windows that the factors are measured on. Kills: `bundled` without effect."""
+    text = str(TINY / "README.md")
+    args = shared.command_line("", False).parse_args(
+        ["--text", text, "--calibrate", text, "--tokens", "64", "--device", "cpu"])
+    study, bundled = shared.Study(args), str(shared.HERE.parent / "LICENSE")
+    monkeypatch.setattr(shared, "BUNDLED_TEXT", bundled)
+    monkeypatch.setattr(lorc, "fisher_factors", lambda llama, tokens, windows, **_: (tokens, windows))
+    for flag, path, windows in ((True, bundled, 32), (False, text, 2**17 // study.context)):
+        tokens, n = study.fisher_factors(bundled=flag)
+        assert n == windows and torch.equal(tokens, study.encode(path))

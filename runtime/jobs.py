@@ -218,9 +218,9 @@ def choose_bases(args, llama, tokenizer):
 def compress_for_loss(args, llama, tokens, context):
     """Plan and bases of --basis loss. Raises UserError if the model or its gradients overflow."""
     window = tokens[None, :context]
-    parameters = sum(p.numel() for p in llama.parameters())    # the activations of a small model fit
+    parameters = sum(p.numel() for p in llama.parameters())
     finite(llama.hidden(window, lorc.new_caches(llama, "full", window.shape[1])))
-    try:
+    try:                              # a small model's activations fit; GPUs hold those of 8 windows
         plan, bases = lorc.compress_for_loss(llama, tokens, args.kept, sinks=args.sinks,
                                              window=args.window, context=context,
                                              recompute=window.is_cuda or parameters > 5e8)
