@@ -13,7 +13,7 @@ Reading order, which is the order of events:
     read_windows         texts -> training windows; the last tenth of each text is held out
     start                bases and ranks in the metric of the loss, as in lorc.compress_for_loss
     Factor               one basis, in coordinates where all directions matter equally
-    divergence, train    the loss; AdamW, cosine, early stop, checkpoints
+    divergence, train    the loss; AdamW, cosine, checkpoints
     picks                multiple-choice questions, answered by likelihood
     measure              full model, start and trained factors, on texts that were not trained on
 
@@ -45,7 +45,6 @@ from record import provenance                                      # noqa: E402
 
 SINKS = 4             # as BiBranchCache has them: these positions stay exact and are not measured
 CALIBRATION = 128     # windows that the start is measured on
-PATIENCE = 6          # validations without a new best, after which training stops
 SHOTS = 5             # answered questions in front of each question
 
 
@@ -167,7 +166,7 @@ def train(llama, factors, windows, held, args):
             note(run, losses, validate(llama, held, factors, args), factors)
             keep(run, factors, optimizer, args)
             losses = []
-        if progress >= 1 or len(run["curve"]) - run["best_at"] > PATIENCE:
+        if progress >= 1:
             factors.load_state_dict(run["best"])
             torch.set_float32_matmul_precision(precision)
             return run["curve"], run["seconds"]
@@ -191,7 +190,7 @@ def note(run, losses, held, factors):
     run["noted"] = run["step"]
     if held < run["best_held"]:
         run["best"] = {name: p.detach().clone() for name, p in factors.state_dict().items()}
-        run["best_held"], run["best_at"] = held, len(run["curve"])
+        run["best_held"] = held
     say(f"step {run['step']:4d}  KL {loss or held:.5f}  held out {held:.5f}"
         f"  ({run['seconds']:.0f} s of training)")
 
@@ -213,7 +212,7 @@ def resume(factors, optimizer, args):
     path = args.out / "checkpoint.pt"
     if not path.exists():
         return {"step": 0, "seconds": 0.0, "curve": [], "noted": None,
-                "best": {}, "best_held": math.inf, "best_at": 0}
+                "best": {}, "best_held": math.inf}
     run = torch.load(path, args.device, weights_only=True)
     if run.pop("settings") != settings(args):
         raise model.UserError(f"{path} is of a run with other settings; choose another --out")
