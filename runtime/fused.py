@@ -314,7 +314,8 @@ def processors(x):
 
 
 def tile_options(dtype, d, few=False):
-    """Tile sizes and launch options of score_kernel and of value_kernel, measured on an H100.
+    """Tile sizes and launch options of score_kernel and of value_kernel, measured on an H100
+    and an H200.
 
     few: whether there are so few tokens that smaller tiles are needed to occupy the device.
     """
@@ -322,12 +323,12 @@ def tile_options(dtype, d, few=False):
         return ({"T": 32, "HEADS": max(1, 64 // d), "CHANNELS": 32, "UNPACK": 32, "num_warps": 4,
                  "num_stages": 2, "PRECISION": "ieee"},
                 {"T": 32, "CHANNELS": 32, "num_warps": 4, "STAGES": 2, "PRECISION": "ieee"})
-    scores = {"T": 128, "HEADS": max(1, 256 // d), "CHANNELS": 64, "UNPACK": 256, "num_warps": 8,
+    scores = {"T": 128, "HEADS": max(1, 256 // d), "CHANNELS": 64, "UNPACK": 512, "num_warps": 8,
               "num_stages": 3, "PRECISION": "tf32"}
-    values = {"T": 128, "CHANNELS": 128, "num_warps": 4, "STAGES": 2, "PRECISION": "tf32"}
+    values = {"T": 64, "CHANNELS": 256, "num_warps": 4, "STAGES": 3, "PRECISION": "tf32"}
     if few:
         scores |= {"T": 64, "HEADS": max(1, 128 // d), "UNPACK": 128, "num_warps": 4}
-        values |= {"T": 64}
+        values |= {"CHANNELS": 128, "STAGES": 2}
     return scores, values
 
 
@@ -345,7 +346,8 @@ def latent_scores(q, keys, up, cos, sin, position, sinks, window, tiles):
     """Scores (B, S, H) in float32 of rotated queries q (B, H, d) and all latents of keys."""
     (B, H, d), (N, d_k), bits = q.shape, up.shape, 16 if len(keys) == 1 else 4
     G, S, T = N // d, keys[0].shape[1] * (1 if bits == 16 else 2), tiles["T"]
-    tiles = tiles | {"HEADS": min(tiles["HEADS"], power(G))}
+    tiles = tiles | {"HEADS": min(tiles["HEADS"], power(G)),
+                     "UNPACK": min(tiles["UNPACK"], power(d_k))}
     blocks = triton.cdiv(G, tiles["HEADS"]) if bits == 16 else 1
     parts = even_parts(B * blocks, triton.cdiv(S, T), processors(q))
     rows = keys[0] if bits == 16 else q.new_empty(B * parts * T, d_k)

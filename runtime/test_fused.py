@@ -2,7 +2,7 @@
 
 With an NVIDIA GPU the kernels run on it. Otherwise they run in Triton's interpreter on the CPU, if
 Triton 3.7 or later is installed (pip install triton). The interpreter cannot multiply bfloat16
-matrices; experiments/fused_errors.py records the errors in all dtypes on a GPU.
+matrices, so bfloat16 is tested on a GPU only.
 """
 import copy
 
