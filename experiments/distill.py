@@ -14,7 +14,6 @@ Reading order, which is the order of events:
     start                bases and ranks in the metric of the loss, as in lorc.compress_for_loss
     Factor               one basis, in coordinates where all directions matter equally
     divergence, train    the loss; AdamW, cosine, checkpoints
-    picks                multiple-choice questions, answered by likelihood
     measure              full model, start and trained factors, on texts that were not trained on
 
 A run that was cut short goes on from DIR/checkpoint.pt when the same command is given again.
@@ -24,7 +23,6 @@ import argparse
 import json
 import math
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -40,12 +38,13 @@ from runtime import jobs as running, saved_bases
 from runtime.scoring import negative_log_likelihood
 from runtime.text import Tokenizer
 import model                                                       # noqa: E402
+import recall                                                      # noqa: E402
 from cache import Basis                                            # noqa: E402
 from record import provenance                                      # noqa: E402
 
 SINKS = 4             # as BiBranchCache has them: these positions stay exact and are not measured
 CALIBRATION = 128     # windows that the start is measured on
-SHOTS = 5             # answered questions in front of each question
+LINES = 10            # of a record for recall
 
 
 def say(*words):
@@ -224,49 +223,6 @@ def resume(factors, optimizer, args):
 
 # Measuring ---------------------------------------------------------------------------------------
 
-def read_questions(path):
-    """[(question, its four choices, index of the right one)], OpenBookQA in LLM-Adapters' JSON."""
-    found = []
-    for item in json.loads(Path(path).read_text(encoding="utf-8")):
-        pattern = r"to the question: (.*?)\s*\n\n(Answer1: .*?)\s*\n\nAnswer format"
-        question, choices = re.search(pattern, item["instruction"], re.S).groups()
-        choices = [c.strip() for c in re.split(r"\s*Answer\d: ", choices)[1:]]
-        found.append((question, choices, int(item["answer"].removeprefix("answer")) - 1))
-    return found
-
-
-def rows_of(tokenizer, questions, i):
-    """Question i with each of its choices: its tokens, and the place where the choice begins.
-
-    In front stand the SHOTS questions that follow it in the file, answered.
-    """
-    shots = [questions[(i + j) % len(questions)] for j in range(1, SHOTS + 1)]
-    text = "".join(f"Question: {q}\nAnswer: {choices[n]}\n\n" for q, choices, n in shots)
-    prompt = tokenizer.encode(f"{text}Question: {questions[i][0]}\nAnswer:")
-    choices = [tokenizer.encode(" " + c, special=False) for c in questions[i][1]]
-    return [(prompt + choice, len(prompt)) for choice in choices]
-
-
-@torch.no_grad()
-def picks(llama, tokenizer, questions, make, at_once=16):
-    """For each question the likeliest choice, as it is and per character: [(0..3, 0..3)]."""
-    device, found = llama.embed.weight.device, []
-    for first in range(0, len(questions), at_once):
-        some = range(first, min(first + at_once, len(questions)))
-        rows = [row for i in some for row in rows_of(tokenizer, questions, i)]
-        x = torch.zeros(len(rows), max(len(ids) for ids, _ in rows), dtype=torch.int64)
-        asked = torch.zeros_like(x, dtype=torch.bool)              # where choices are predicted
-        for r, (ids, begin) in enumerate(rows):                    # padding comes after: never seen
-            x[r, :len(ids)], asked[r, begin - 1:len(ids) - 1] = torch.tensor(ids), True
-        x, asked = x.to(device), asked.to(device)
-        logits = llama.head(llama.hidden(x, make(x.shape[1], len(x)))[asked])
-        nats = F.cross_entropy(logits, x.roll(-1, 1)[asked], reduction="none")
-        nats = nats.new_zeros(len(x)).index_add_(0, asked.nonzero()[:, 0], nats).view(-1, 4)
-        size = torch.tensor([[len(c) for c in questions[i][1]] for i in some], device=device)
-        found += zip(nats.argmin(1).tolist(), (nats / size).argmin(1).tolist())
-    return found
-
-
 @torch.no_grad()
 def perplexity(llama, tokens, context, make):
     nats, count = negative_log_likelihood(llama, tokens, context, make)
@@ -274,35 +230,30 @@ def perplexity(llama, tokens, context, make):
 
 
 def measure(name, llama, tokenizer, args, result, make):
-    """Perplexities, in the decode regime, and answers, under the caches of make(capacity, B)."""
+    """Perplexities and recall, as in token-by-token decoding, under the caches of make(capacity, B).
+
+    Adds them to `result` under `name` and writes the file."""
     for path in filter(None, (args.test, args.second)):
         tokens = encode(tokenizer, path, args.device)[:args.max_tokens]
         text = result["perplexity"].setdefault(Path(path).name, {"tokens": len(tokens)})
         text[name] = perplexity(llama, tokens, args.context, lambda n: make(n, 1))
         say(f"{name:14s}  {Path(path).name}: perplexity {text[name]:.4f},"
             f" {text[name] / text['full'] - 1:+.2%}")
-    if args.questions:
-        questions = read_questions(args.questions)
-        found = picks(llama, tokenizer, questions, make)
-        result["questions"][name] = compared(found, questions, result.setdefault("picks", found))
-        say(f"{name:14s}  {len(found)} questions: {result['questions'][name]}")
-    write(args, result)
+    if args.data:
+        result["recall"][name] = exact_matches(llama, tokenizer, args, make)
+        say(f"{name:14s}  records of {LINES} lines: {result['recall'][name]:.3f} exact")
+    (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
-def compared(found, questions, full):
-    """How often `found` picks the right choice, and how often the one that the full model picks."""
-    def share(k, wanted):
-        return sum(pick[k] == w for pick, w in zip(found, wanted)) / len(found)
-    right = [n for *_, n in questions]
-    return {"right": share(0, right), "right_per_character": share(1, right),
-            "as_full": share(0, [f[0] for f in full]),
-            "as_full_per_character": share(1, [f[1] for f in full])}
-
-
-def write(args, result):
-    """result.json, without what is needed on the way only."""
-    shown = {key: value for key, value in result.items() if key != "picks"}
-    (args.out / "result.json").write_text(json.dumps(shown, indent=1) + "\n")
+@torch.no_grad()
+def exact_matches(llama, tokenizer, args, make):
+    """Fraction of recall.py's records of LINES lines whose number greedy decoding gives."""
+    lines, intro = recall.read_lines(args.data / "longeval" / "200_lines.jsonl")
+    records = recall.make_records(lines, LINES, recall.RECORDS)
+    prompts, numbers = recall.encode_records(tokenizer, intro, records)
+    numbers = [record[:1] for record in numbers]                     # the right one of each record
+    found = recall.measure_records(llama, prompts, numbers, make)
+    return sum(record["exact"] for record in found) / len(found)
 
 
 # The command line --------------------------------------------------------------------------------
@@ -319,7 +270,7 @@ def command_line():
         " checkpoint.")
     add("--test", metavar="FILE", help="A text to score before and after.")
     add("--second", metavar="FILE", help="A text of another kind, to score too.")
-    add("--questions", metavar="FILE", help="OpenBookQA's test.json, to answer before and after.")
+    add("--data", type=Path, metavar="DIR", help="Folder with longeval/200_lines.jsonl, for recall.")
     add("--max-tokens", type=int, default=16384, metavar="N", help="Tokens scored of each text.")
     add("--context", type=int, metavar="N", help="Window length. Default: the model's, at most"
         " 1024.")
@@ -342,7 +293,7 @@ def main():
     llama = model.load(args.model, torch.float32, args.device)
     tokenizer = Tokenizer(args.model, llama.config)
     args.context = args.context or min(1024, llama.config.context)
-    result = provenance(args.device, args.commit) | {"perplexity": {}, "questions": {}}
+    result = provenance(args.device, args.commit) | {"perplexity": {}, "recall": {}}
     windows, held = read_windows(tokenizer, args.text, args.context, args.device)
     say(f"{len(windows)} windows of {args.context} tokens, {len(held)} held out")
     measure("full", llama, tokenizer, args, result,

@@ -166,15 +166,15 @@ def padded(numbers):
 
 
 @torch.no_grad()
-def measure_records(study, prompts, numbers, make):
+def measure_records(llama, prompts, numbers, make):
     """One dict a record: exact, nats, rank. make(capacity, B): empty caches."""
-    found, device = [], study.llama.embed.weight.device
+    found, device = [], llama.embed.weight.device
     x, real = padded(numbers)
     at_once = max(1, min(TOKENS[device.type] // prompts.shape[1], SEQUENCES // x.shape[1]))
     for part, y, mask in zip(*(t.split(at_once) for t in (prompts, x, real))):
         caches = make(part.shape[1] + y.shape[2], len(part))
-        nats, likeliest = (t.cpu() for t in continuations(study.llama, part.to(device),
-                                                          y.to(device), caches))
+        nats, likeliest = (t.cpu() for t in continuations(llama, part.to(device), y.to(device),
+                                                          caches))
         total = (nats * mask).double().sum(-1)                               # (R, n)
         for i in range(len(part)):
             digits = int(mask[i, 0].sum()) - 1                               # without the bracket
@@ -214,7 +214,8 @@ def compare(study, lines, settings, ranked):
     rows, full = [], None
     for label, setting in [("full", {"kept": 1.0, "basis": "svd", "kind": "full"}), *settings]:
         with shared.rounded_to(setting.get("bits", 16)):
-            found = measure_records(study, prompts, numbers, caches_for(study, **setting))
+            found = measure_records(study.llama, prompts, numbers,
+                                    caches_for(study, **setting))
         full = full or found
         row = {"label": label, "lines": lines, "tokens": prompts.shape[1]} | setting
         row |= {"cache": row.pop("kind", "bibranch")} | summary(found, full)
