@@ -330,7 +330,7 @@ def split_windows(tokens, context, windows, exact, title):
     batches = [x for x in batches if len(x) and x.shape[1] > exact]
     if not batches:
         raise ValueError(f"the text has {len(tokens)} tokens; more than {exact} are needed")
-    return tqdm(batches, title, leave=False, disable=None)
+    return tqdm(batches, title, leave=False, delay=5, mininterval=5)
 
 
 # Beyond both papers: bases and ranks in the metric of the loss ------------------------------------

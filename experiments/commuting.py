@@ -74,7 +74,7 @@ def speed(found):
     fig, ax = plt.subplots(figsize=(4.2, 2.6), layout="constrained")
     for file, label, marker in TIMED:
         run = json.loads((shared.HERE / "results" / f"{file}.json").read_text())
-        rows = run["tables"][0]["rows"]
+        rows = {name.replace("@0.5", ""): row for name, row in run["tables"][0]["rows"].items()}
         x = [rows[f"{cache} compiled"]["ms"] / rows["full compiled"]["ms"] for cache in points]
         ax.plot(x, points.values(), marker, color="0.15", label=label,
                 markerfacecolor="white" if marker == "s" else "0.15")

@@ -87,10 +87,11 @@ CURVES = {
     "quantization alone": ("#000000", "s", "-", (0, (-4, 9), "left")),
     "calibrated, 4 bits": ("#8a8a8a", "v", "--", (0, (8, 2), "left")),
     "loss metric, 16 bits": ("#6fa8dc", "o", "-", (3, (6, 8), "left")),
-    "loss metric, 4 bits": ("#1f5fa8", "o", "-", (3, (-60, -26), "left")),
-    "trained, 4 bits": ("#d95f02", "D", ":", (0, (-8, -12), "left"))}
+    "loss metric, 4 bits": ("#1f5fa8", "o", "-", (5, (-24, -28), "left")),
+    "trained, 4 bits": ("#d95f02", "D", ":", (0, (-1, -25), "right"))}
 AT_POINTS = {"quantization alone": (lambda row: f"{row['bits']} bits", (7, 2), "left"),
-             "loss metric, 4 bits": (lambda row: f"{row['wanted']:g}", (-6, -9), "right")}
+             "loss metric, 4 bits": (lambda row: f"{row['wanted']:g}", (4, 4), "left")}
+TWO_LINES = {"loss metric, 4 bits": "loss metric,\n4 bits", "trained, 4 bits": "trained,\n4 bits"}
 TOP = 130           # of the vertical axis, in percent
 
 
@@ -129,7 +130,7 @@ def panel(ax, rows, key):
         ax.plot(*zip(*points), color=color, marker=marker, linestyle=dashes,
                 markerfacecolor="white" if label.endswith("16 bits") else color)
         index = min(index, len(points) - 1)
-        ax.annotate(label, points[index], xytext=offset, textcoords="offset points", ha=side,
+        ax.annotate(TWO_LINES.get(label, label), points[index], xytext=offset, textcoords="offset points", ha=side,
                     color=color, fontsize=9.5)
         if label in AT_POINTS:
             words, offset, side = AT_POINTS[label]

@@ -148,8 +148,7 @@ def test_a_record_is_scored_by_hand(tiny, monkeypatch):
     p = torch.tensor([[[-1.0, -3.0, -50.0], [-2.0, -50.0, -50.0], [-1.0, -1.0, -3.0]]])
     best = torch.tensor([[[True, True, False], [False] * 3, [False] * 3]])
     monkeypatch.setattr(recall, "continuations", lambda *_: (p, best))
-    study = type("Study", (), {"llama": tiny[0]})
-    found, = recall.measure_records(study.llama, torch.zeros(1, 5, dtype=int),
+    found, = recall.measure_records(tiny[0], torch.zeros(1, 5, dtype=int),
                                     [[[7, 7], [7], [7, 7, 7]]], lambda capacity, B: None)
     assert found == {"exact": 1.0, "nats": 1.0, "rank": 2}            # -4 against -2 and -5
 

@@ -54,7 +54,7 @@ def vary_saved_bases(args, flags):
         flags["compare"] = True
         return "To compare the three caches"
     flags.update(cache="bibranch", bits=4)
-    return "To store the latents in 4 bits, with exact first and last tokens"
+    return "To keep the first and last tokens exact, and the latents of the others in 4 bits"
 
 
 def calibrate(args, flags):

@@ -3,6 +3,7 @@
 This module does not import torch, so --help and a mistyped flag are answered at once.
 """
 import argparse
+import difflib
 import importlib
 import math
 import os
@@ -224,6 +225,10 @@ class Parser(argparse.ArgumentParser):
         if os.environ.get("RANK", "0") != "0":      # under torchrun only rank 0 prints the line
             time.sleep(1)
             self.exit(2)
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        for flag in difflib.get_close_matches(unknown[1], flags, 1) if unknown else ():
+            message += f"; did you mean {flag}?"
         self.exit(2, f"{Path(self.prog).stem}: {' '.join(message.split()):.400} (see --help)\n")
 
 
@@ -305,20 +310,22 @@ def add_plan_flags(group):
          help="Alg. 1, l. 8: do not compress layers whose ln kappa~ is above this. "
               "Default: no threshold.")
     flag("--schedule", choices=["progressive", "uniform"],
-         help="How ranks depend on the layer: Eq. 13, or the same rank in all layers. "
-              "Default: progressive; uniform with --calibrate.")
+         help="How ranks depend on the layer. progressive: Eq. 13. uniform: the same rank in all "
+              "layers. Default: progressive; uniform for the bases asvd and whitened. "
+              "--basis loss chooses the ranks itself.")
     flag("--skip", type=count, metavar="N",
          help="Do not compress the first N layers. Default: 0.")
     flag("--split", type=number_in(float, -1, 1, "number in [-1, 1]"), metavar="F",
          help="Move this fraction of d_max from the keys' rank to the values'. Default: 0.")
     flag("--basis", choices=["svd", "norm", "asvd", "whitened", "commuting", "loss"],
-         help="The second moment C of the inputs: I (svd), gamma^2 (norm), mean |x| (asvd) or "
-              "E[xx^T] (whitened). commuting: keys are never rebuilt; C is I, or E[xx^T] with "
-              "--calibrate. loss: E[xx^T], in the metric of the model's own loss, which also "
-              "chooses the ranks. Default: svd; loss with --calibrate.")
+         help="How the bases are computed. svd: from the weights alone (LoRC). norm: from the "
+              "weights, with that of the normalization before them. asvd, whitened: for the sizes, "
+              "or the second moment E[xx^T], of the inputs x in the text of --calibrate. loss: for "
+              "the least loss of the model on that text. commuting: keys are never rebuilt; "
+              "--calibrate is optional. Default: svd; loss with --calibrate.")
     flag("--calibrate", type=nonempty_text, nargs="?", const=BUNDLED_TEXT, metavar="FILE",
-         help="Measure C on the first windows of this text, of up to 1,024 tokens each: 48 for "
-              "--basis loss, 32 for the others. "
+         help="Compute the bases from the first windows of this text, of up to 1,024 tokens each: "
+              "48 for --basis loss, 32 for the others. "
               "Default without FILE: the text that comes with this program.")
     flag("--bases", type=nonempty_text, metavar="DIR",
          help="Use the bases and the plan that --save wrote.")
@@ -374,7 +381,9 @@ def validate_flags(parser, args):
     calibrated = args.calibrate is not None
     uses_loss = args.basis == "loss" or args.basis is None and calibrated
     if not {"prompt", "perplexity", "plan", "save"} & set(args.given):
-        parser.error("nothing to do: give --prompt TEXT, --perplexity FILE, --plan or --save DIR")
+        parser.error("nothing to compare: give --prompt TEXT or --perplexity FILE" if args.compare
+                     else "nothing to do: give --prompt TEXT, --perplexity FILE, --plan or "
+                          "--save DIR")
     if [*(args.prompt or ()), args.perplexity, args.calibrate].count("-") > 1:
         parser.error("standard input can be read once; give one -")
     if args.basis in ("asvd", "whitened", "loss") and not calibrated:
@@ -383,7 +392,8 @@ def validate_flags(parser, args):
                           *task_conflicts(args)]:
         found = [f"--{name.replace('_', '-')}" for name in names if name in args.given]
         if found:
-            parser.error(f"{reason}; leave out {', '.join(found)}")
+            parser.error(f"{reason}{' ' if reason.endswith(', or') else '; '}"
+                         f"leave out {', '.join(found)}")
     defaults = DEFAULTS | {"basis": "loss" if calibrated else "svd",
                            "schedule": "uniform" if calibrated else "progressive"}
     for name, value in defaults.items():
@@ -415,11 +425,12 @@ def cache_conflicts(args, uses_loss):
         yield ["compare", "cache", "bits"], "no cache is filled without --prompt or --perplexity"
     if args.cache == "bibranch" or args.compare:
         return
-    yield ["bits"], "only --cache bibranch has latents of 4 bits"
+    yield ["bits"], "only --cache bibranch has latents of 4 bits; add it, or"
     if not uses_loss:
-        yield ["window"], "only --cache bibranch and --basis loss have a window"
+        yield ["window"], "only --cache bibranch and --basis loss have a window; add one, or"
     if args.calibrate is None:
-        yield ["sinks"], "only --cache bibranch and --calibrate treat the first tokens differently"
+        yield ["sinks"], ("only --cache bibranch and --calibrate treat the first tokens "
+                          "differently; add one, or")
 
 
 def task_conflicts(args):

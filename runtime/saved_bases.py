@@ -124,6 +124,8 @@ def load_bases(folder, llama):
     Raises UserError if the file is damaged or was written for another model.
     """
     path = Path(folder) / "bases.safetensors"
+    if Path(folder).is_file():
+        raise UserError(f"{folder} is a file; give the folder that holds {path.name}")
     if not path.is_file():
         raise UserError(f"{folder} holds no {path.name}; give the folder that --save wrote")
     try:

@@ -155,7 +155,7 @@ WRONG = [line.split(" -> ") for line in """
 --prompt w1 --calibrate {d}/one -> calibration needs 16
 --prompt w1 --calibrate {d}/text --sinks 9999 -> calibration needs 16
 --prompt w1 --bases /nowhere -> /nowhere holds no bases.safetensors; give the folder
---prompt w1 --bases {d}/text -> {d}/text holds no bases.safetensors; give the folder
+--prompt w1 --bases {d}/text -> text is a file; give the folder that holds bases.safetensors
 --prompt w1 --bases {d}/b_kind -> {d}/b_kind/bases.safetensors holds no bases
 --prompt w1 --bases {d}/b_other -> for another model; make new ones with --save
 --prompt w1 --bases {d}/b_plan -> {d}/b_plan/bases.safetensors holds no bases that can be read
@@ -167,7 +167,7 @@ WRONG = [line.split(" -> ") for line in """
 --prompt w1 --cache full --bases x  -> --cache full compresses nothing; leave out --bases
 --prompt w1 --compare --cache full  -> --compare runs all three caches; leave out --cache
 --prompt w1 --sinks 1 -> only --cache bibranch and --calibrate treat the first tokens
---prompt w1 --bits 4 -> only --cache bibranch has latents of 4 bits; leave out --bits
+--prompt w1 --bits 4 -> only --cache bibranch has latents of 4 bits; add it, or leave out --bits
 --prompt w1 --cache bibranch --window -1 -> --window: should be a count up to 10^9, not '-1'
 --prompt w1 --cache bibranch --sinks 1e3 -> --sinks: should be a count up to 10^9, not '1e3'
 --prompt w1 --cache bibranch --bits 3 -> --bits: invalid choice: 3 (choose from
