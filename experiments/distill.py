@@ -1,23 +1,24 @@
-"""Beyond the papers: train all factors together, on what is wanted of them.
+"""Beyond the papers: train the bases of all layers together, on the model's own predictions.
 
-CSKV trains each layer's factors to rebuild that layer's keys and values, which has a closed form
-[E30]. Here `down` and `up` of all layers learn to leave the full model's next-token distribution
-as it is: the loss is its KL divergence through the bi-branch cache in the decode regime, with or
-without 4-bit rounding in the loop. No weight of the model changes. What comes out is measured both
-with 16 and with 4 bits.
+CSKV trains each layer to rebuild its keys and values, which has a closed form [E30]. Here `down`
+and `up` of all layers are trained so that the next-token distribution stays that of the full cache:
+the loss is the KL divergence from it, with every query reading what it would read in token-by-token
+decoding through a bi-branch cache. With --bits 4 the latents are rounded while training. The
+weights of the model do not change.
 
     python experiments/distill.py --model PATH --text TRAIN --kept 0.2 --out DIR --test TEST
     python lorc.py --model PATH --bases DIR --cache bibranch --perplexity TEST
 
-Reading order, which is the order of events:
+In the order of events:
     read_windows         texts -> training windows; the last tenth of each text is held out
-    start                bases and ranks in the metric of the loss, as in lorc.compress_for_loss
-    Factor               one basis, in coordinates where all directions matter equally
-    divergence, train    the loss; AdamW, cosine, checkpoints
-    measure              full model, start and trained factors, on texts that were not trained on
+    start                bases and ranks of the loss metric, as in lorc.compress_for_loss
+    Factor               one basis, scaled so that all directions matter equally
+    divergence, train    the loss; AdamW with a cosine schedule, checkpoints
+    measure              full cache, start and trained bases, on texts that were not trained on,
+                         with 16 and with 4 bits
 
-A run that was cut short goes on from DIR/checkpoint.pt when the same command is given again.
-Without --model it runs on tiny/, on a CPU.
+If a run was interrupted, the same command continues it from DIR/checkpoint.pt. Without --model it
+runs on tiny/, on a CPU.
 """
 import argparse
 import json
@@ -42,13 +43,13 @@ import recall                                                      # noqa: E402
 from cache import Basis                                            # noqa: E402
 from record import provenance                                      # noqa: E402
 
-SINKS = 4             # as BiBranchCache has them: these positions stay exact and are not measured
+SINKS = 4             # BiBranchCache's default: these positions are exact
 CALIBRATION = 128     # windows that the start is measured on
 LINES = 10            # of a record for recall
 
 
-def say(*words):
-    """A line of progress, with the seconds since the start."""
+def log(*words):
+    """Print a line of progress with the seconds since the start."""
     print(f"{time.perf_counter() - START:6.0f} s ", *words, flush=True)
 
 
@@ -117,7 +118,7 @@ def start(llama, windows, kept):
 
 
 def bases_of(factors):
-    """What the factors are now, as the caches want them."""
+    """The present factors as bases for lorc.new_caches."""
     return [tuple(f() for f in pair) or None for pair in factors]
 
 
@@ -140,14 +141,14 @@ def validate(llama, held, factors, args):
 
 
 def batch(windows, step, args):
-    """The windows (B, T) of one step: each epoch has its own order, which --seed settles."""
+    """The windows (B, T) of one step. Each epoch has its own order, which depends on --seed."""
     epoch, i = divmod(step, max(1, len(windows) // args.batch))
     generator = torch.Generator().manual_seed(1000 * args.seed + epoch)
     return windows[torch.randperm(len(windows), generator=generator)[i * args.batch:][:args.batch]]
 
 
 def train(llama, factors, windows, held, args):
-    """Train `factors` and leave the best of the run in them; returns the run's curve and seconds.
+    """Train `factors` and set them to the best of the run. Returns the run's curve and seconds.
 
     The learning rate warms up over 10 steps and falls along a cosine to zero with the steps or with
     the minutes, whichever run out first.
@@ -162,8 +163,8 @@ def train(llama, factors, windows, held, args):
         progress = max(run["step"] / args.steps, run["seconds"] / (60 * args.minutes))
         due = run["step"] % args.every == 0 or progress >= 1
         if due and run["step"] != run["noted"]:
-            note(run, losses, validate(llama, held, factors, args), factors)
-            keep(run, factors, optimizer, args)
+            add_validation(run, losses, validate(llama, held, factors, args), factors)
+            save_checkpoint(run, factors, optimizer, args)
             losses = []
         if progress >= 1:
             factors.load_state_dict(run["best"])
@@ -181,8 +182,8 @@ def train(llama, factors, windows, held, args):
         run["step"] += 1
 
 
-def note(run, losses, held, factors):
-    """Add a validation to the curve; remember the factors when it is the best so far."""
+def add_validation(run, losses, held, factors):
+    """Add a validation to the curve, and keep a copy of the factors if it is the best so far."""
     loss = torch.stack(losses).mean().item() if losses else None   # none before the first step
     point = {"step": run["step"], "seconds": run["seconds"], "train": loss, "held": held}
     run["curve"].append(point)
@@ -190,7 +191,7 @@ def note(run, losses, held, factors):
     if held < run["best_held"]:
         run["best"] = {name: p.detach().clone() for name, p in factors.state_dict().items()}
         run["best_held"] = held
-    say(f"step {run['step']:4d}  KL {loss or held:.5f}  held out {held:.5f}"
+    log(f"step {run['step']:4d}  KL {loss or held:.5f}  held out {held:.5f}"
         f"  ({run['seconds']:.0f} s of training)")
 
 
@@ -199,8 +200,8 @@ def settings(args):
     return {name: getattr(args, name) for name in names}
 
 
-def keep(run, factors, optimizer, args):
-    """Write the checkpoint, whole or not at all."""
+def save_checkpoint(run, factors, optimizer, args):
+    """Write the checkpoint atomically."""
     torch.save(run | {"settings": settings(args), "factors": factors.state_dict(),
                       "optimizer": optimizer.state_dict()}, args.out / "checkpoint.tmp")
     os.replace(args.out / "checkpoint.tmp", args.out / "checkpoint.pt")
@@ -217,7 +218,7 @@ def resume(factors, optimizer, args):
         raise model.UserError(f"{path} is of a run with other settings; choose another --out")
     factors.load_state_dict(run.pop("factors"))
     optimizer.load_state_dict(run.pop("optimizer"))
-    say(f"going on from step {run['step']}")
+    log(f"continuing from step {run['step']}")
     return run
 
 
@@ -237,11 +238,11 @@ def measure(name, llama, tokenizer, args, result, make):
         tokens = encode(tokenizer, path, args.device)[:args.max_tokens]
         text = result["perplexity"].setdefault(Path(path).name, {"tokens": len(tokens)})
         text[name] = perplexity(llama, tokens, args.context, lambda n: make(n, 1))
-        say(f"{name:14s}  {Path(path).name}: perplexity {text[name]:.4f},"
+        log(f"{name:14s}  {Path(path).name}: perplexity {text[name]:.4f},"
             f" {text[name] / text['full'] - 1:+.2%}")
     if args.data:
         result["recall"][name] = exact_matches(llama, tokenizer, args, make)
-        say(f"{name:14s}  records of {LINES} lines: {result['recall'][name]:.3f} exact")
+        log(f"{name:14s}  records of {LINES} lines: {result['recall'][name]:.3f} exact")
     (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
@@ -295,7 +296,7 @@ def main():
     args.context = args.context or min(1024, llama.config.context)
     result = provenance(args.device, args.commit) | {"perplexity": {}, "recall": {}}
     windows, held = read_windows(tokenizer, args.text, args.context, args.device)
-    say(f"{len(windows)} windows of {args.context} tokens, {len(held)} held out")
+    log(f"{len(windows)} windows of {args.context} tokens, {len(held)} held out")
     measure("full", llama, tokenizer, args, result,
             lambda n, B: lorc.new_caches(llama, "full", n, B=B))
     begun, generator = time.perf_counter(), torch.Generator().manual_seed(args.seed)
