@@ -231,7 +231,7 @@ def perplexity(llama, tokens, context, make):
 
 
 def measure(name, llama, tokenizer, args, result, make):
-    """Perplexities and recall, as in token-by-token decoding, under the caches of make(capacity, B).
+    """Perplexities and recall under the caches of make(capacity, B), as in decoding.
 
     Adds them to `result` under `name` and writes the file."""
     for path in filter(None, (args.test, args.second)):
@@ -271,7 +271,7 @@ def command_line():
         " checkpoint.")
     add("--test", metavar="FILE", help="A text to score before and after.")
     add("--second", metavar="FILE", help="A text of another kind, to score too.")
-    add("--data", type=Path, metavar="DIR", help="Folder with longeval/200_lines.jsonl, for recall.")
+    add("--data", type=Path, metavar="DIR", help="Folder with longeval/200_lines.jsonl (recall).")
     add("--max-tokens", type=int, default=16384, metavar="N", help="Tokens scored of each text.")
     add("--context", type=int, metavar="N", help="Window length. Default: the model's, at most"
         " 1024.")

@@ -221,7 +221,7 @@ def compress_for_loss(args, llama, tokens, context):
     window = tokens[None, :context]
     parameters = sum(p.numel() for p in llama.parameters())
     finite(llama.hidden(window, lorc.new_caches(llama, "full", window.shape[1])))
-    try:                              # a small model's activations fit; GPUs hold those of 8 windows
+    try:                              # a small model's activations fit; a GPU holds 8 windows'
         plan, bases = lorc.compress_for_loss(llama, tokens, args.kept, sinks=args.sinks,
                                              window=args.window, context=context,
                                              windows=LOSS_WINDOWS,

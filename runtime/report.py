@@ -166,8 +166,8 @@ def notes(args, plan, results):
         if (mean_divergence(group)[0] or 0) > UNRELIABLE:
             yield f"With a KL above {UNRELIABLE:g} the {kind} cache is unreliable on this text."
             if kind == "compressed" and (args.bases is not None or args.basis == "loss"):
-                yield ("Calibrated bases are usually meant for the bi-branch cache, which keeps the "
-                       "first and last tokens exact.")
+                yield ("Calibrated bases are usually meant for the bi-branch cache, which keeps "
+                       "the first and last tokens exact.")
     bibranch = [result for result in results if result.cache["kind"] == "bibranch"]
     cached = sum(result.cached for result in bibranch)
     exact = sum(result.exact for result in bibranch)
