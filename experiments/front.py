@@ -91,7 +91,8 @@ CURVES = {
     "trained, 4 bits": ("#d95f02", "D", ":", (0, (-1, -25), "right"))}
 AT_POINTS = {"quantization alone": (lambda row: f"{row['bits']} bits", (7, 2), "left"),
              "loss metric, 4 bits": (lambda row: f"{row['wanted']:g}", (4, 4), "left")}
-TWO_LINES = {"loss metric, 4 bits": "loss metric,\n4 bits", "trained, 4 bits": "trained,\n4 bits"}
+SHOWN = {"loss metric, 4 bits": "loss metric,\n4 bits", "trained, 4 bits": "trained,\n4 bits",
+         "calibrated, 4 bits": "uniform, 4 bits"}
 TOP = 130           # of the vertical axis, in percent
 
 
@@ -130,7 +131,7 @@ def panel(ax, rows, key):
         ax.plot(*zip(*points), color=color, marker=marker, linestyle=dashes,
                 markerfacecolor="white" if label.endswith("16 bits") else color)
         index = min(index, len(points) - 1)
-        ax.annotate(TWO_LINES.get(label, label), points[index], xytext=offset, textcoords="offset points", ha=side,
+        ax.annotate(SHOWN.get(label, label), points[index], xytext=offset, textcoords="offset points", ha=side,
                     color=color, fontsize=9.5)
         if label in AT_POINTS:
             words, offset, side = AT_POINTS[label]
