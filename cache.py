@@ -5,7 +5,7 @@ A cache serves one layer. It is made for B sequences of at most `capacity` token
 tokens, before rotation, stores keys and values, and returns the queries' causal attention over
 all tokens so far, (B, T, H, d). There are H query heads and G key-value heads of size d.
 
-Stored tokens form parts, exact or low-rank. The function `attend` computes one softmax over all:
+Stored tokens form parts, exact or low-rank. One softmax goes over all of them:
 
     cache             parts                                    stored per token
     FullCache         Exact                                    2 * G*d numbers
@@ -95,7 +95,7 @@ class Basis:
         return einsum("btgrc,gdc->btgrd", o, U).flatten(2, 3)
 
     def cached_latents(self, k, rope, positions):
-        """The latents that are stored for keys k (B, T, G, d) before rotation: (B, T, d_c)."""
+        """Unrotated keys k (B, T, G, d) -> latents to store (B, T, d_c); a subclass may rotate."""
         return self.project(k)
 
     def rotated_keys(self, c, rope, positions, d):
@@ -106,7 +106,7 @@ class Basis:
         """Rotated queries q (B, T, H, d) and stored latents (B, S, d_c) -> scores (B, T, H, S).
 
         A score is q^T R_n U c. The rotation R_n depends on the key's position n, so that U cannot
-        be folded into q, as Eq. 7 and App. C do it, unless U commutes with all R_n [E4]."""
+        be folded into q, as Eq. 7 and App. C do it, unless R_n U = U S_n for some S_n [E4]."""
         return scores(q, self.rotated_keys(c, rope, positions, q.shape[-1]))
 
 
@@ -131,8 +131,8 @@ class LowRank(NamedTuple):
     """Latents of the tokens at `positions`, in a store that can `read` spans of them.
 
     For one query, keys are rebuilt block by block, and the latents of the values are summed before
-    the sum is expanded (Eq. 9). Weights stay as they are, because W_q or W_o times U would be
-    larger if d_c > d [E5]. Multiplying q by R_n U costs H/G times as much as rebuilding k [E18].
+    the sum is expanded (Eq. 9). W_o is not multiplied by U, because the product would be larger
+    than W_o if d_c > d [E5]. Multiplying q by R_n U costs H/G times as much as rebuilding k [E18].
     """
 
     K: Basis
@@ -325,9 +325,9 @@ class CompressedCache(Cache):
 class BiBranchCache(Cache):
     """CSKV's cache with sinks: first `sinks` and last `window` tokens exact, latents in between.
 
-    A token is compressed once, when it leaves the window; therefore its key is kept unrotated. One
-    that arrives alone is itself among the last `window`. Tokens that arrive together, as a prompt
-    does, see each other exactly, and see earlier tokens as they are stored at that moment [E34].
+    A token is compressed once, when it leaves the window, and its key is kept unrotated until then.
+    A token that arrives alone counts among the last `window`. Tokens that arrive together, as a
+    prompt does, see each other exactly, and see earlier tokens as they are stored then [E34].
     The window is a ring buffer: token i after the sinks is in slot i % window [E33].
 
     With `simulate_decoding`, attend computes in one call, without storing anything, what the

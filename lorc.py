@@ -3,7 +3,7 @@
     paper                           here
     ------------------------------  -----------------------------------------------------------
     Eqs. 5, 6, 8: SVD               svd_factors (literal); spectrum, basis (the same, faster)
-    Eqs. 7, 9: folding U            cache.LowRank (Eq. 9 for each head; Eq. 7 is impossible [E4])
+    Eqs. 7, 9: folding U            cache.Basis (Eq. 9 for each head; Eq. 7 is impossible [E4])
     Eq. 10: condition number        log_kappa
     Eq. 12: cumulative condition    log_kappa_tilde
     Eq. 13: compressed dimension    compressed_dimension, round_ranks
@@ -11,8 +11,8 @@
     Eq. 4: size of a full cache     full_cache_bytes
     rho, the compression ratio      kept: the fraction of the numbers that is kept [E13]
 
+Eqs. 1-3 are in model.py and cache.py, Eqs. 14-19 in theory.py; the loss metric is at the end here.
 [E1] to [E34] are the errata in experiments/README.md. Logarithms are natural [E8].
-Not included: token eviction, changes to the weights [E5], and training.
 
     import lorc, model
     llama = model.load("tiny")                                 # a folder in Hugging Face layout
@@ -91,8 +91,8 @@ def basis(W, d_c, C=None, M=None):
 def log_kappa(W):
     """ln of the condition number sigma_1 / sigma_p of W (m, n), p = min(m, n): Eq. 10.
 
-    W is not square, so Eq. 10's inverse does not exist [E6]. sigma_p is raised to the smallest
-    value that float64 resolves through the Gram matrix, so the result is always finite.
+    W need not be square or of full rank, so Eq. 10's inverse may not exist [E6]. sigma_p is raised
+    to the smallest value that float64 resolves through the Gram matrix, so the result is finite.
     """
     lam = spectrum(W)[0]
     relative = (lam[min(W.shape) - 1] / lam[0]).nan_to_num(0)
@@ -166,10 +166,10 @@ def solve_d_min(kept, ranks_of, d_max):
 
 @dataclass(frozen=True)
 class Plan:
-    """The ranks of all layers, and the condition numbers from which Eq. 13 takes them."""
+    """The ranks of all layers, and their condition numbers."""
     log_kappa: list         # (ln kappa(Wk), ln kappa(Wv)): Eq. 10
     log_kappa_tilde: list   # ln kappa~_l: Eq. 12
-    ranks: list             # (d_k, d_v): Eq. 13
+    ranks: list             # (d_k, d_v): Eq. 13, or sort_ranks
     d_max: int              # G*d, the rank of an uncompressed layer [E10]
 
     @property
@@ -274,7 +274,7 @@ def generate(llama, caches, tokens, n, ends=(), temperature=0.0, top_p=1.0, seed
 
     Generation ends early when every sequence has produced a token in `ends`; all go on until then.
     `step` may replace the model: tokens (B, T) -> logits (B, V) of the last. The first token raises
-    ValueError if the caches, or the model's context, are too small for T + n - 1 tokens.
+    ValueError if caches or context are too small for what is cached and T + n - 1 more tokens.
     """
     if not (temperature >= 0 and top_p > 0):
         raise ValueError(f"temperature {temperature} must be at least 0, and top_p {top_p} above 0")
@@ -297,7 +297,7 @@ def generate(llama, caches, tokens, n, ends=(), temperature=0.0, top_p=1.0, seed
 # Beyond LoRC: bases for the inputs that occur (ASVD, CSKV) ----------------------------------------
 
 def norm_moments(llama):
-    """C = diag(gamma^2) of each layer; gamma is the weight of the RMSNorm before Wk and Wv."""
+    """C = diag(gamma^2) of each layer, as if RMSNorm's inputs were white; gamma is its weight."""
     return [layer.attn_norm.weight.double() ** 2 for layer in llama.layers]
 
 
@@ -322,14 +322,15 @@ def calibrated_moments(llama, tokens, kind, sinks=4, context=1024, windows=32):
 
 
 def split_windows(tokens, context, windows, exact, title):
-    """Batches (n, T) of the first windows of `context` tokens; all have more than `exact`."""
+    """Batches (n, T) of the first windows, of at most `context` and of more than `exact` tokens."""
     text = tokens[:windows * context]
     n = len(text) // context
     whole, rest = text[:n * context].view(n, context), text[None, n * context:]
-    batches = [*whole.split(8 if text.is_cuda else 1), rest]
-    batches = [x for x in batches if len(x) and x.shape[1] > exact]
+    batches = [x for x in (*whole.split(8 if text.is_cuda else 1), rest)
+               if len(x) and x.shape[1] > exact]
     if not batches:
-        raise ValueError(f"the text has {len(tokens)} tokens; more than {exact} are needed")
+        raise ValueError(f"the text's {len(tokens)} tokens in windows of {context} give none with "
+                         f"more than {exact} tokens")
     return tqdm(batches, title, leave=False, delay=5, mininterval=5)
 
 
@@ -354,12 +355,12 @@ def fisher_factors(llama, tokens, sinks=4, window=32, context=1024, windows=48, 
     """For the keys and for the values of each layer, the factors (C, M) of the Fisher information.
 
     Let the cache return A k instead of each key k (or value) that it stores compressed. G is the
-    gradient of the loss with respect to A at A = I, for labels drawn from the model, so its second
-    moment is the Fisher information of A (theory.predicted_divergence). Each of `windows` windows
-    of `context` tokens gives one sample of G, through a bi-branch cache with these sinks and this
-    window. Memory: weights, logits, all samples (on the CPU), and the activations of one layer,
-    which are recomputed in the backward pass; without `recompute` of all layers, in less time.
-    """
+    gradient, with respect to A at A = I, of the sum of a text's losses over the square root of its
+    length, for labels drawn from the model. Its second moment is the Fisher information of A per
+    token (theory.predicted_divergence). Each of the first `windows` texts of `context` tokens gives
+    one G, through a bi-branch cache with these sinks and this `window`. Memory: weights, logits,
+    all G (on the CPU), and one layer's activations; without `recompute`, which computes them twice,
+    all layers' activations."""
     eye, gradients = torch.eye(llama.config.kv_width).to(llama.norm.weight), []
     generator = torch.Generator(eye.device).manual_seed(seed)
     block = partial(checkpoint, use_reentrant=False) if recompute else Block.__call__
@@ -393,7 +394,7 @@ def kronecker_factors(G, rounds=3):
 
 
 def sort_ranks(factors, kept):
-    """(d_k, d_v) of each layer: the largest eigenvalues of all matrices, up to the fraction kept.
+    """(d_k, d_v) of each layer: how many of the largest eigenvalues of all M^1/2 C M^1/2 are its.
 
     Half an eigenvalue is what dropping it costs, in nats per token, whatever its layer. They are
     sorted in steps of rank_multiple(d_max), and every matrix keeps at least one step. No other such
