@@ -329,8 +329,7 @@ def split_windows(tokens, context, windows, exact, title):
     batches = [x for x in (*whole.split(8 if text.is_cuda else 1), rest)
                if len(x) and x.shape[1] > exact]
     if not batches:
-        raise ValueError(f"the text's {len(tokens)} tokens in windows of {context} give none with "
-                         f"more than {exact} tokens")
+        raise ValueError(f"{len(tokens)} tokens have no window of {context} with more than {exact}")
     return tqdm(batches, title, leave=False, delay=5, mininterval=5)
 
 

@@ -65,6 +65,8 @@ def read_windows(tokenizer, paths, context, device):
     for path in paths:
         tokens = encode(tokenizer, path, device)
         windows = tokens[:len(tokens) // context * context].view(-1, context)
+        if len(windows) < 2:
+            raise model.UserError(f"{path} has {len(tokens)} tokens; {2 * context} are needed")
         cut = len(windows) - max(1, len(windows) // 10)
         train.append(windows[:cut])
         held.append(windows[cut:])
@@ -246,10 +248,14 @@ def measure(name, llama, tokenizer, args, result, make):
     (args.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
+def records_file(args):
+    return args.data / "longeval" / "200_lines.jsonl"
+
+
 @torch.no_grad()
 def exact_matches(llama, tokenizer, args, make):
     """Fraction of recall.py's records of LINES lines whose number greedy decoding gives."""
-    lines, intro = recall.read_lines(args.data / "longeval" / "200_lines.jsonl")
+    lines, intro = recall.read_lines(records_file(args))
     records = recall.make_records(lines, LINES, recall.RECORDS)
     prompts, numbers = recall.encode_records(tokenizer, intro, records)
     numbers = [record[:1] for record in numbers]                     # the right one of each record
@@ -278,8 +284,8 @@ def command_line():
     add("--steps", type=int, default=300, metavar="N", help="Steps of training. Default: 300.")
     add("--minutes", type=float, default=10, metavar="F", help="Time of training. Default: 10.")
     add("--batch", type=int, default=8, metavar="B", help="Windows a step. Default: 8.")
-    add("--lr", type=float, default=8e-4, help="Highest learning rate; the more is kept, the lower"
-        " it should be: 0.0003 at 0.5. Default: 0.0008.")
+    add("--lr", type=float, default=8e-4, help="Highest learning rate; the more is kept,"
+        " the lower it should be: 0.0005 at 0.2, 0.0001 at 0.4. Default: 0.0008.")
     add("--every", type=int, default=25, metavar="N", help="Steps between validations.")
     add("--seed", type=int, default=0, help="Orders the windows. Default: 0.")
     add("--device", help="cpu or cuda. Default: cuda where there is one.")
@@ -290,6 +296,8 @@ def command_line():
 def main():
     args = command_line().parse_args()
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.data and not records_file(args).is_file():
+        raise model.UserError(f"{records_file(args)} does not exist; give another --data")
     args.out.mkdir(parents=True, exist_ok=True)
     llama = model.load(args.model, torch.float32, args.device)
     tokenizer = Tokenizer(args.model, llama.config)

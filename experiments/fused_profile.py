@@ -7,14 +7,9 @@ time of one call in microseconds, measured by replaying a CUDA graph of 20 calls
 
     linear layers       the seven products of a layer with its weights
     full attention      attention over a full cache, as in bench.py's "full"
-    product             latents times U^T and nothing else, by cuBLAS: what no kernel that rebuilds
-                        keys can do without
+    product             latents times U^T by cuBLAS, which writes the keys to memory
     scores, values, combine    the three kernels; in 4 bits they also unpack codes
     expand              the sums of value latents times U_v
-
-`break_even` is the rank below which rebuilding all keys takes less time than the compressed cache
-saves by reading less: 2 * (1 - kept) * (operations per second) / (bytes per second), with the
-rates that were measured in the same run.
 """
 import argparse
 import sys
@@ -116,7 +111,6 @@ def main():
         for bits in (16, 4):
             row = {"kept": kept, "rank": rank, "bits": bits} | kernels(shape, B, S, rank, bits)
             row["operations_per_s"] = 2e6 * B * S * rank * width / row["product"]
-            row["break_even"] = (2 * (1 - kept) * row["operations_per_s"] / result["bandwidth"])
             result["rows"].append(row)
     write(args.out or HERE / "results" / f"fused-profile-{args.shape}.json", result)
 

@@ -4,6 +4,7 @@ test_experiments.py runs these scripts as a whole.
 """
 import dataclasses
 import itertools
+import json
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import study as shared
 from study import lorc, model
 
 import allocation
+import distill
 import metric
 import recall
 import tasks
@@ -151,6 +153,27 @@ def test_a_record_is_scored_by_hand(tiny, monkeypatch):
     found, = recall.measure_records(tiny[0], torch.zeros(1, 5, dtype=int),
                                     [[[7, 7], [7], [7, 7, 7]]], lambda capacity, B: None)
     assert found == {"exact": 1.0, "nats": 1.0, "rank": 2}            # -4 against -2 and -5
+
+
+def test_trained_bases_are_asked_for_one_number_of_each_record(monkeypatch, tmp_path):
+    """distill.exact_matches: the fraction of records that measure_records calls exact."""
+    (tmp_path / "longeval").mkdir()
+    lines = "".join(f"line a-{i}: REGISTER_CONTENT is <{1000 + i}>\n" for i in range(6))
+    (tmp_path / "longeval" / "200_lines.jsonl").write_text(
+        json.dumps({"prompt": f"Read this. record start:\n{lines}"}) + "\n")
+    monkeypatch.setattr(recall, "RECORDS", 2)
+    monkeypatch.setattr(distill, "LINES", 3)
+    asked = []
+
+    def measured(llama, prompts, numbers, make):
+        asked.extend(numbers)
+        return [{"exact": 1.0}, {"exact": 0.0}]
+    monkeypatch.setattr(recall, "measure_records", measured)
+    tokenizer = Tokenizer(TINY, model.read_config(TINY))
+    args = distill.command_line().parse_args(["--text", "x", "--out", "x", "--data", str(tmp_path)])
+    assert distill.exact_matches(None, tokenizer, args, None) == 0.5
+    numbers = [tokenizer.fast.decode(number) for record in asked for number in record]
+    assert len(numbers) == 2 and all(n.strip()[:3] == "100" and n[-1] == ">" for n in numbers)
 
 
 # Tasks -------------------------------------------------------------------------------------------

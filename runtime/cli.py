@@ -225,7 +225,7 @@ class Parser(argparse.ArgumentParser):
         if os.environ.get("RANK", "0") != "0":      # under torchrun only rank 0 prints the line
             time.sleep(1)
             self.exit(2)
-        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        unknown = re.match(r"unrecognized arguments:.*?(--\w[\w-]*)", message)
         flags = [flag for action in self._actions for flag in action.option_strings]
         for flag in difflib.get_close_matches(unknown[1], flags, 1) if unknown else ():
             message += f"; did you mean {flag}?"
@@ -311,8 +311,8 @@ def add_plan_flags(group):
               "Default: no threshold.")
     flag("--schedule", choices=["progressive", "uniform"],
          help="How ranks depend on the layer. progressive: Eq. 13. uniform: the same rank in all "
-              "layers. Default: progressive; uniform for the bases asvd and whitened. "
-              "--basis loss chooses the ranks itself.")
+              "layers. Default: progressive; uniform with --calibrate, unless --basis loss chooses "
+              "the ranks.")
     flag("--skip", type=count, metavar="N",
          help="Do not compress the first N layers. Default: 0.")
     flag("--split", type=number_in(float, -1, 1, "number in [-1, 1]"), metavar="F",

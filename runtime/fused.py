@@ -314,8 +314,8 @@ def processors(x):
 
 
 def tile_options(dtype, d, few=False):
-    """Tile sizes and launch options of score_kernel and of value_kernel, measured on an H100
-    and an H200.
+    """Tile sizes and launch options of score_kernel and of value_kernel, measured on an
+    H100 (scores) and an H200 (values, unpacking).
 
     few: whether there are so few tokens that smaller tiles are needed to occupy the device.
     """

@@ -165,9 +165,9 @@ def notes(args, plan, results):
     for kind, group in by_kind(results).items():
         if (mean_divergence(group)[0] or 0) > UNRELIABLE:
             yield f"With a KL above {UNRELIABLE:g} the {kind} cache is unreliable on this text."
-            if kind == "compressed" and (args.bases is not None or args.basis == "loss"):
-                yield ("Calibrated bases are usually meant for the bi-branch cache, which keeps "
-                       "the first and last tokens exact.")
+            if kind == "compressed" and (args.bases or args.calibrate):
+                yield ("Bases that are calibrated are usually meant for the bi-branch cache, which "
+                       "keeps the first and last tokens exact.")
     bibranch = [result for result in results if result.cache["kind"] == "bibranch"]
     cached = sum(result.cached for result in bibranch)
     exact = sum(result.exact for result in bibranch)

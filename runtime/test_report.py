@@ -257,13 +257,15 @@ def test_exact_tokens_of_a_scored_text_are_counted_in_every_window(folder, capsy
     assert got["exact"] == (12 + 12 + 9) / 49
 
 
-def test_a_cache_that_is_far_from_the_full_one_is_called_unreliable(folder, capsys):
+def test_a_cache_that_is_far_from_the_full_one_is_called_unreliable(folder, tmp_path, capsys):
     words = ["--model", folder, "--prompt", TEXT, "--compare", "--max-new-tokens", 2]
     found = run_json(capsys, *words)["compare"]
     err = cli(capsys, *words)[2]
     assert found[1]["divergence"] > 0.1 > found[2]["divergence"] > 0
     assert "With a KL above 0.1 the compressed cache is unreliable on this text." in err
-    assert err.count("unreliable") == 1
+    assert err.count("unreliable") == 1 and "meant for the bi-branch cache" not in err
+    cli(capsys, "--model", folder, "--save", tmp_path)
+    assert "meant for the bi-branch cache" in cli(capsys, *words, "--bases", tmp_path)[2]
 
 
 def test_layers_that_bits_do_not_apply_to_are_named(folder, capsys):

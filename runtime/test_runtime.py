@@ -122,6 +122,8 @@ def places(tmp_path_factory):
 
 WRONG = [line.split(" -> ") for line in """
  -> nothing to do: give --prompt
+--compare -> nothing to compare: give --prompt TEXT or --perplexity FILE
+--prompt w1 --calib -> unrecognized arguments: --calib; did you mean --calibrate?
 --prompt w1 --perplexity {d}/text -> not allowed with
 --prompt w1 --plan -> not allowed with
 --plan --compile -> no text is generated without --prompt; leave out --compile

@@ -73,8 +73,9 @@ def test_commuting_bases_are_read_as_they_were_saved(saved, tmp_path):
 @pytest.mark.parametrize("plan", [["--kept", 0.7], ["--d-min", 1]])
 def test_saved_bases_give_the_same_text(plan, tmp_path, capsys):
     ask = ["--model", REAL, "--prompt", "Once upon a time", "--max-new-tokens", 12, "--json"]
-    first = json.loads(cli(capsys, *ask, *plan, "--save", tmp_path / "b")[1])
-    again = json.loads(cli(capsys, *ask, "--bases", tmp_path / "b")[1])
+    _, out, err = cli(capsys, *ask, *plan, "--save", tmp_path / "b")
+    first, again = json.loads(out), json.loads(cli(capsys, *ask, "--bases", tmp_path / "b")[1])
+    assert f"bases that keep {first['cache']['kept']:.1%} of the numbers" in err
     assert again["text"] == first["text"]
     # Errors are computed in float32.
     assert again["plan"] == [pytest.approx(row, rel=1e-5) for row in first["plan"]]
