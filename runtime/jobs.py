@@ -88,14 +88,18 @@ def read_text(path):
     return text
 
 
-def check_files_exist(args):
-    """Raises UserError for a missing text file. The model, which may be slow, is read later."""
-    def find_missing():
-        files = [file for file in (args.perplexity, args.calibrate) if file not in (None, "-")]
-        return [file for file in files if not os.path.exists(file)]
-    missing = distributed.run_on_rank_0(find_missing)
-    if missing:
-        raise UserError(f"{missing[0]}: No such file or directory")
+def check_files(args):
+    """Raises UserError for a missing text file, or if --save could not write.
+
+    What is slow, such as reading the model, comes after it.
+    """
+    def check():
+        for file in (args.perplexity, args.calibrate):
+            if file not in (None, "-") and not os.path.exists(file):
+                raise UserError(f"{file}: No such file or directory")
+        if args.save is not None:
+            saved_bases.check_writable(args.save)
+    distributed.run_on_rank_0(check)
 
 
 def choose_device(args):
@@ -433,7 +437,7 @@ def run_perplexity(setup, tokens):
 def run(args):
     """Run one command, from the model's folder to the report. Returns the exit status."""
     clock = [time.perf_counter()]
-    check_files_exist(args)
+    check_files(args)
     llama, tokenizer, stored = open_model(args)
     args.context = args.context or llama.config.context
     jobs = distributed.run_on_rank_0(lambda: read_jobs(args, llama, tokenizer))

@@ -76,6 +76,19 @@ def save_bases(folder, llama, plan, bases):
         write_atomically(Path(folder) / "bases.safetensors", save(tensors, metadata))
 
 
+def check_writable(folder):
+    """Raise UserError if bases cannot be written to this folder. Nothing is left behind."""
+    path = Path(folder) / "bases.probe"
+    created = [parent for parent in path.parents if not parent.exists()]
+    try:
+        write_atomically(path, b"")
+    finally:
+        with suppress(OSError):
+            path.unlink()
+            for parent in created:
+                parent.rmdir()
+
+
 def write_atomically(path: Path, data: bytes):
     """Write a file so that its old content stays if anything fails. Raises UserError.
 

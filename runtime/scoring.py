@@ -89,8 +89,7 @@ def score_text(llama, tokens, context, kinds, new_caches, meters):
     """
     scores = {}
     windows = tokens.split(context)
-    quiet = len(windows) < 2 or None                    # None: no bar unless this is a terminal
-    for x in tqdm(windows, "scoring", unit=" windows", leave=False, disable=quiet):
+    for x in tqdm(windows, "scoring", unit=" windows", leave=False, delay=5, mininterval=5):
         hidden = {}
         for kind in kinds:
             caches = new_caches(kind, len(x))

@@ -231,6 +231,17 @@ def test_components_that_do_not_rotate_in_pairs_are_refused(components):
 
 # Writing -----------------------------------------------------------------------------------------
 
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    """And a folder that can is left as it was: nothing new exists after the check."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("runtime.jobs.open_model", lambda args: pytest.fail("the model was read"))
+    status, out, err = cli(capsys, "--model", REAL, "--calibrate", "--save", tmp_path / "file" / "b")
+    assert (status, out, err.count("\n")) == (2, "", 1) and "give a folder" in err
+    saved_bases.check_writable(tmp_path / "new" / "deep")
+    saved_bases.check_writable(tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_save_that_fails_leaves_what_was_there(tmp_path, capsys, monkeypatch):
     """A limit of 1,000 bytes a file stands for a full disk; then none can be renamed or written."""
     save = ["--model", write_checkpoint(tmp_path / "model", RAW), "--save", tmp_path / "b"]
