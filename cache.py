@@ -143,7 +143,7 @@ class LowRank(NamedTuple):
     positions: slice
 
     def blocks(self, B):
-        """Yield (span within the store, positions) of blocks of a multiple of GROUP tokens."""
+        """Yield (span within the store, positions) of blocks that start at multiples of GROUP."""
         limit = REBUILT_BYTES.get(self.K.up.device.type, 2**26)
         step = max(1, limit // (B * self.K.up[:, 0].nbytes) // GROUP) * GROUP
         start, stop = self.positions.start, self.positions.stop

@@ -190,7 +190,7 @@ def make_plan(log_kappas, d_max, kept=0.6, d_min=None, threshold=math.inf, sched
               skip=0, split=0.0, pairs=False):
     """Algorithm 1, lines 1-11: the Plan, from (ln kappa(Wk), ln kappa(Wv)) of each layer.
 
-    kept: the fraction to keep, for which d_min is solved unless it is given. Layers whose
+    kept: the fraction to keep, from which d_min is found if it is not given. Layers whose
     ln kappa~ is above `threshold` [E8], and the first `skip` layers, are left full. split: the
     fraction of d_max moved from keys to values. pairs: make d_k even. Raises UserError.
     """
@@ -215,7 +215,7 @@ def make_bases(llama, ranks, moments=None, key_basis=None):
     """Algorithm 1, lines 12-18: the bases (keys, values) of each layer, None where it is full.
 
     moments: C of each layer's inputs, None for the paper's SVD. key_basis(layer, d_k, C) may
-    replace `basis` for keys. Line 15 is impossible [E4], and line 19 would enlarge W_o [E5].
+    replace `basis` for keys. Line 15 is impossible [E4], and line 19 may enlarge W_o [E5].
     """
     moments, bases = moments or [None] * len(ranks), []
     if any(C is not None and not C.isfinite().all() for C in moments):
@@ -254,7 +254,7 @@ def new_caches(llama, kind, capacity, bases=None, B=1, **options):
 
 
 def full_cache_bytes(llama, capacity, B=1):
-    """Bytes of a full cache: Eq. 4 for keys and for values [E14], in the dtype of the weights."""
+    """Bytes of all layers' full caches: twice Eq. 4 for each [E14], in the dtype of the weights."""
     c = llama.config
     return 2 * B * capacity * c.kv_width * c.layers * llama.norm.weight.element_size()
 
@@ -270,7 +270,7 @@ def sample(logits, temperature, top_p, generator):
 
 
 def generate(llama, caches, tokens, n, ends=(), temperature=0.0, top_p=1.0, seed=0, step=None):
-    """Yield the next token (B,) of each sequence that follows `tokens` (B, T), at most n times.
+    """Yield the next token (B,) of each sequence in `tokens` (B, T), at most n times.
 
     Generation ends early when every sequence has produced a token in `ends`; all go on until then.
     `step` may replace the model: tokens (B, T) -> logits (B, V) of the last. The first token raises
@@ -329,7 +329,7 @@ def split_windows(tokens, context, windows, exact, title):
     batches = [x for x in (*whole.split(8 if text.is_cuda else 1), rest)
                if len(x) and x.shape[1] > exact]
     if not batches:
-        raise ValueError(f"{len(tokens)} tokens have no window of {context} with more than {exact}")
+        raise ValueError(f"no window of {context} in {len(tokens)} tokens has more than {exact}")
     return tqdm(batches, title, leave=False, delay=5, mininterval=5)
 
 
@@ -354,12 +354,12 @@ def fisher_factors(llama, tokens, sinks=4, window=32, context=1024, windows=48, 
     """For the keys and for the values of each layer, the factors (C, M) of the Fisher information.
 
     Let the cache return A k instead of each key k (or value) that it stores compressed. G is the
-    gradient, with respect to A at A = I, of the sum of a text's losses over the square root of its
-    length, for labels drawn from the model. Its second moment is the Fisher information of A per
-    token (theory.predicted_divergence). Each of the first `windows` texts of `context` tokens gives
-    one G, through a bi-branch cache with these sinks and this `window`. Memory: weights, logits,
-    all G (on the CPU), and one layer's activations; without `recompute`, which computes them twice,
-    all layers' activations."""
+    gradient, with respect to A at A = I, of a text's summed losses divided by the square root of
+    its length, for labels drawn from the model. Its second moment is the Fisher information of A
+    per token (theory.predicted_divergence). Each of the first `windows` texts of up to `context`
+    tokens gives one G, through a bi-branch cache with these sinks and this `window`. Memory:
+    weights, logits, all A and G, and the activations of one layer and the inputs of all, because
+    layers are computed twice; without `recompute`, the activations of all layers."""
     eye, gradients = torch.eye(llama.config.kv_width).to(llama.norm.weight), []
     generator = torch.Generator(eye.device).manual_seed(seed)
     block = partial(checkpoint, use_reentrant=False) if recompute else Block.__call__
@@ -393,11 +393,11 @@ def kronecker_factors(G, rounds=3):
 
 
 def sort_ranks(factors, kept):
-    """(d_k, d_v) of each layer: how many of the largest eigenvalues of all M^1/2 C M^1/2 are its.
+    """(d_k, d_v) of each layer: how many of the largest eigenvalues of M^1/2 C M^1/2 it has.
 
-    Half an eigenvalue is what dropping it costs, in nats per token, whatever its layer. They are
-    sorted in steps of rank_multiple(d_max), and every matrix keeps at least one step. No other such
-    ranks cost less (theory.predicted_divergence). Raises UserError if `kept` is too small."""
+    Half an eigenvalue is what dropping it costs, in nats per token, whatever its layer. All are
+    sorted in steps of rank_multiple(d_max), with at least one step for every matrix. No such ranks
+    of equal sum cost less (theory.predicted_divergence). Raises UserError if `kept` is too low."""
     lam = [spectrum(torch.eye(len(C)).to(C), C, M)[0] for pair in factors for C, M in pair]
     step = rank_multiple(len(lam[0]))
     worth = torch.stack(lam).unflatten(1, (-1, step)).sum(-1)                  # (2*L, d_max/step)

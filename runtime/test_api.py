@@ -273,7 +273,7 @@ def test_a_text_is_split_into_windows_and_a_shorter_last_one():
         return [tuple(x.shape) for x in lorc.split_windows(torch.arange(150), 64, windows, exact, "")]
     assert shapes(9, 4) == [(1, 64), (1, 64), (1, 22)] and shapes(9, 22) == [(1, 64), (1, 64)]
     assert shapes(1, 4) == [(1, 64)]
-    with pytest.raises(ValueError, match="150 tokens have no window of 64 with more than 150"):
+    with pytest.raises(ValueError, match="no window of 64 in 150 tokens has more than 150"):
         shapes(9, 150)
 
 
