@@ -7,12 +7,10 @@ import inspect
 import os
 import re
 import shlex
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-import lorc
 from runtime import cli
 import runtime.testing  # noqa: F401 (it sets the number of threads)
 
@@ -68,7 +66,7 @@ def test_every_command_that_needs_no_download_runs(tmp_path, monkeypatch, capsys
     """In their order, so that bases which one command saves are read by the next. The metric of the
     loss is measured on one window of the bundled text instead of 48."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(lorc, "fisher_factors", partial(lorc.fisher_factors, windows=1))
+    monkeypatch.setattr("runtime.jobs.LOSS_WINDOWS", 1)
     assert len(RUN) >= 4
     for words in RUN:
         argv = [PLACES.get(word, word) for word in words[1:]]
