@@ -68,19 +68,19 @@ def speed(found):
         return
     full, others = shared.split_full(found[name]["rows"])
     at_half = {r["label"]: r["perplexity"] for r in best(others) if r["wanted"] == 0.5}
-    points = {"full": full["perplexity"], "compressed": at_half["joint basis"],
-              "commuting": at_half["commuting basis"]}
+    points = {"full": full["perplexity"], "compressed@0.5": at_half["joint basis"],
+              "commuting@0.5": at_half["commuting basis"]}
     plt = shared.pyplot()
     fig, ax = plt.subplots(figsize=(4.2, 2.6), layout="constrained")
     for file, label, marker in TIMED:
         run = json.loads((shared.HERE / "results" / f"{file}.json").read_text())
-        rows = {name.replace("@0.5", ""): row for name, row in run["tables"][0]["rows"].items()}
+        rows = run["tables"][0]["rows"]
         x = [rows[f"{cache} compiled"]["ms"] / rows["full compiled"]["ms"] for cache in points]
         ax.plot(x, points.values(), marker, color="0.15", label=label,
                 markerfacecolor="white" if marker == "s" else "0.15")
-    for cache, text in (("full", "full cache"), ("compressed", "joint basis, keys rebuilt"),
-                        ("commuting", "commuting basis, nothing rebuilt")):
-        right = cache == "compressed"
+    for cache, text in (("full", "full cache"), ("compressed@0.5", "joint basis, keys rebuilt"),
+                        ("commuting@0.5", "commuting basis, nothing rebuilt")):
+        right = cache == "compressed@0.5"
         times = rows[f"{cache} compiled"]["ms"] / rows["full compiled"]["ms"]
         at = max(x) if right else min(times, 1)
         ax.annotate(text, (at, points[cache]), xytext=(0 if right else 6, 9), fontsize=7,

@@ -131,8 +131,8 @@ def panel(ax, rows, key):
         ax.plot(*zip(*points), color=color, marker=marker, linestyle=dashes,
                 markerfacecolor="white" if label.endswith("16 bits") else color)
         index = min(index, len(points) - 1)
-        ax.annotate(SHOWN.get(label, label), points[index], xytext=offset, textcoords="offset points", ha=side,
-                    color=color, fontsize=9.5)
+        ax.annotate(SHOWN.get(label, label), points[index], xytext=offset, ha=side, color=color,
+                    textcoords="offset points", fontsize=9.5)
         if label in AT_POINTS:
             words, offset, side = AT_POINTS[label]
             for row, point in zip(of, points):

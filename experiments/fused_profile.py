@@ -8,7 +8,8 @@ time of one call in microseconds, measured by replaying a CUDA graph of 20 calls
     linear layers       the seven products of a layer with its weights
     full attention      attention over a full cache, as in bench.py's "full"
     product             latents times U^T by cuBLAS, which writes the keys to memory
-    scores, values, combine    the three kernels; in 4 bits they also unpack codes
+    scores              score_kernel, which contains this product
+    values, combine     value_kernel and combine_kernel; with 4 bits, the first two unpack codes
     expand              the sums of value latents times U_v
 """
 import argparse
@@ -19,6 +20,7 @@ from statistics import median
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import lorc                                                        # noqa: E402
 from bench import SHAPES, bandwidth                                # noqa: E402
 from cache import Basis, attention, quantize                       # noqa: E402
 from record import HERE, provenance, write                         # noqa: E402
@@ -64,13 +66,18 @@ def full_attention(shape, B, S):
     return microseconds(lambda: attention(q, k, v, seen))
 
 
+def product(shape, B, S, rank):
+    c, up = normal(B * S, rank), normal(shape["kv_heads"] * shape["head_dim"], rank)
+    return microseconds(lambda: c @ up.T)
+
+
 def kernels(shape, B, S, rank, bits):
     """Times of the parts for keys and values of one rank, stored in 16 or 4 bits."""
     H, G, d = shape["heads"], shape["kv_heads"], shape["head_dim"]
     q, up, c = normal(B, H, d), normal(G * d, rank), normal(B, S, rank)
     cos, sin, position = normal(S, 1, d), normal(S, 1, d), torch.tensor([S - 1], device="cuda")
     store = [c] if bits == 16 else [*quantize(c), normal(B, fused.GROUP, rank)]
-    tiles = fused.tile_options(q.dtype, d, B * S < 32 * fused.processors(q))
+    tiles = fused.tile_options(q, B * S)
 
     def score():
         return fused.latent_scores(q, store, up, cos, sin, position, 0, 0, tiles[0])
@@ -80,8 +87,7 @@ def kernels(shape, B, S, rank, bits):
         return fused.sum_latents(q, scores, store, position, 0, tiles[1])
     parts, V = sums(), Basis(up.T, up)
     latents = fused.combine(q, *parts, G, cos, sin, position, [], 0, 0)[0]
-    return {"product": microseconds(lambda: c.view(-1, rank) @ up.T),
-            "scores": microseconds(score), "values": microseconds(sums),
+    return {"scores": microseconds(score), "values": microseconds(sums),
             "combine": microseconds(
                 lambda: fused.combine(q, *parts, G, cos, sin, position, [], 0, 0)),
             "expand": microseconds(lambda: V.reconstruct_heads(latents[:, None], d))}
@@ -107,11 +113,13 @@ def main():
         "batch": B, "context": S, "bandwidth": bandwidth("cuda"), "rows": [],
         "linear_layers": linear_layers(shape, B), "full_attention": full_attention(shape, B, S)}
     for kept in args.kept:
-        rank = 8 * round(kept * width / 8)
+        [(rank, _)] = lorc.round_ranks([kept * width], [False], width)
+        rebuilt = product(shape, B, S, rank)
+        rate = 2e6 * B * S * rank * width / rebuilt
         for bits in (16, 4):
-            row = {"kept": kept, "rank": rank, "bits": bits} | kernels(shape, B, S, rank, bits)
-            row["operations_per_s"] = 2e6 * B * S * rank * width / row["product"]
-            result["rows"].append(row)
+            row = {"kept": kept, "rank": rank, "bits": bits, "product": rebuilt}
+            row |= kernels(shape, B, S, rank, bits)
+            result["rows"].append(row | {"operations_per_s": rate})
     write(args.out or HERE / "results" / f"fused-profile-{args.shape}.json", result)
 
 

@@ -176,6 +176,20 @@ def test_trained_bases_are_asked_for_one_number_of_each_record(monkeypatch, tmp_
     assert len(numbers) == 2 and all(n.strip()[:3] == "100" and n[-1] == ">" for n in numbers)
 
 
+def test_training_without_its_files_is_refused_before_the_model_is_read(monkeypatch, tmp_path):
+    """A --data folder without records, and a text with less than two windows."""
+    monkeypatch.setattr(model, "load", lambda *_: pytest.fail("the model was read"))
+    words = ["distill.py", "--text", "x", "--out", str(tmp_path / "out"), "--data", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(model.UserError, match="200_lines.jsonl does not exist"):
+        distill.main()
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "short").write_text("Once upon a time")
+    tokenizer = Tokenizer(TINY, model.read_config(TINY))
+    with pytest.raises(model.UserError, match="128 are needed"):
+        distill.read_windows(tokenizer, [tmp_path / "short"], 64, "cpu")
+
+
 # Tasks -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, number", [

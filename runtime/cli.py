@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED_TEXT = str(ROOT / "runtime" / "calibration.txt")
+LOSS_WINDOWS, MOMENT_WINDOWS, CALIBRATION_CONTEXT = 48, 32, 1024      # of --calibrate
 OWN_MODULES = {"lorc", "cache", "model", "theory", "runtime"}
 
 
@@ -324,8 +325,9 @@ def add_plan_flags(group):
               "the least loss of the model on that text. commuting: keys are never rebuilt; "
               "--calibrate is optional. Default: svd; loss with --calibrate.")
     flag("--calibrate", type=nonempty_text, nargs="?", const=BUNDLED_TEXT, metavar="FILE",
-         help="Compute the bases from the first windows of this text, of up to 1,024 tokens each: "
-              "48 for --basis loss, 32 for the others. "
+         help="Compute the bases from the first windows of this text, of up to "
+              f"{CALIBRATION_CONTEXT:,} tokens each: {LOSS_WINDOWS} for --basis loss, "
+              f"{MOMENT_WINDOWS} for the others. "
               "Default without FILE: the text that comes with this program.")
     flag("--bases", type=nonempty_text, metavar="DIR",
          help="Use the bases and the plan that --save wrote.")

@@ -313,12 +313,13 @@ def processors(x):
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
 
 
-def tile_options(dtype, d, few=False):
-    """Tile sizes and launch options of score_kernel and of value_kernel, measured on an
-    H100 (scores) and an H200 (values, unpacking).
+def tile_options(q, tokens):
+    """Tile sizes and launch options of score_kernel and of value_kernel for queries q (B, H, d).
 
-    few: whether there are so few tokens that smaller tiles are needed to occupy the device.
+    With few `tokens` in all sequences, smaller tiles are needed to occupy the device. Measured on
+    an H100 (scores) and an H200 (values, unpacking).
     """
+    dtype, d = q.dtype, q.shape[-1]
     if dtype.itemsize > 2:                             # float32, for tests
         return ({"T": 32, "HEADS": max(1, 64 // d), "CHANNELS": 32, "UNPACK": 32, "num_warps": 4,
                  "num_stages": 2, "PRECISION": "ieee"},
@@ -326,7 +327,7 @@ def tile_options(dtype, d, few=False):
     scores = {"T": 128, "HEADS": max(1, 256 // d), "CHANNELS": 64, "UNPACK": 512, "num_warps": 8,
               "num_stages": 3, "PRECISION": "tf32"}
     values = {"T": 64, "CHANNELS": 256, "num_warps": 4, "STAGES": 3, "PRECISION": "tf32"}
-    if few:
+    if tokens < 32 * processors(q):
         scores |= {"T": 64, "HEADS": max(1, 128 // d), "UNPACK": 128, "num_warps": 4}
         values |= {"CHANNELS": 128, "STAGES": 2}
     return scores, values
@@ -405,8 +406,7 @@ def attend_latents(q: torch.Tensor, keys: list[torch.Tensor], values: list[torch
     """
     q = q.contiguous()
     tokens = len(q) * keys[0].shape[1] * (1 if len(keys) == 1 else 2)
-    few = tokens < 32 * processors(q)
-    score_tiles, value_tiles = tile_options(q.dtype, q.shape[-1], few)
+    score_tiles, value_tiles = tile_options(q, tokens)
     scores = latent_scores(q, keys, up, cos, sin, position, sinks, window, score_tiles)
     parts = sum_latents(q, scores, values, position, sinks + window, value_tiles)
     return combine(q, *parts, up.shape[0] // q.shape[-1], cos, sin, position, exact, sinks, window)

@@ -16,6 +16,7 @@ import model
 from cache import QuantizedLatents
 from model import UserError
 from runtime import checkpoint, compiled, distributed, saved_bases
+from runtime.cli import CALIBRATION_CONTEXT, LOSS_WINDOWS, MOMENT_WINDOWS
 from runtime.commuting import key_basis
 from runtime.report import report
 from runtime.scoring import ErrorMeter, finite, score_text
@@ -23,7 +24,6 @@ from runtime.text import Stream, Tokenizer
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
                  "BF16": torch.bfloat16}
-LOSS_WINDOWS, MOMENT_WINDOWS, CALIBRATION_CONTEXT = 48, 32, 1024
 DIVERGENCE_TOKENS = 1024        # the divergence of a generated text is measured on so many tokens
 
 
@@ -225,7 +225,8 @@ def compress_for_loss(args, llama, tokens, context):
     window = tokens[None, :context]
     parameters = sum(p.numel() for p in llama.parameters())
     finite(llama.hidden(window, lorc.new_caches(llama, "full", window.shape[1])))
-    try:                              # a small model's activations fit; a GPU holds 8 windows'
+    # On a CPU, the activations of a small model fit into memory. A GPU reads 8 windows at a time.
+    try:
         plan, bases = lorc.compress_for_loss(llama, tokens, args.kept, sinks=args.sinks,
                                              window=args.window, context=context,
                                              windows=LOSS_WINDOWS,

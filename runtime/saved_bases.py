@@ -83,10 +83,9 @@ def check_writable(folder):
     try:
         write_atomically(path, b"")
     finally:
-        with suppress(OSError):
-            path.unlink()
-            for parent in created:
-                parent.rmdir()
+        for remove in (path.unlink, *(parent.rmdir for parent in created)):
+            with suppress(OSError):                             # of what was not made
+                remove()
 
 
 def write_atomically(path: Path, data: bytes):

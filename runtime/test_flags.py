@@ -1,4 +1,5 @@
 """Every flag does what --help says, and the defaults are the documented ones."""
+import inspect
 import json
 import math
 
@@ -168,6 +169,14 @@ def test_calibrated_bases_are_the_losss_and_come_back_from_their_file(folder, ca
     assert (used["text"], used["divergence"]) == (made["text"], pytest.approx(made["divergence"]))
     assert made["cache"]["kept"] == pytest.approx(0.4, abs=1 / 128)
     assert len({(row["d_k"], row["d_v"]) for row in made["plan"]}) > 1
+
+
+@pytest.mark.parametrize("function, windows", [
+    (lorc.fisher_factors, command.LOSS_WINDOWS), (lorc.calibrated_moments, command.MOMENT_WINDOWS)])
+def test_the_command_line_reads_as_much_text_as_the_functions_do(function, windows):
+    parameters = inspect.signature(function).parameters
+    assert parameters["windows"].default == windows
+    assert parameters["context"].default == command.CALIBRATION_CONTEXT
 
 
 @pytest.mark.parametrize("basis", ["loss", "whitened"])

@@ -239,6 +239,12 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path, ca
     assert (status, out, err.count("\n")) == (2, "", 1) and "give a folder" in err
     saved_bases.check_writable(tmp_path / "new" / "deep")
     saved_bases.check_writable(tmp_path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left")
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(model.UserError, match="No space left"):
+        saved_bases.check_writable(tmp_path / "new" / "deep")
     assert [f.name for f in tmp_path.iterdir()] == ["file"]
 
 
